@@ -1,0 +1,136 @@
+"""The typed records that stages hand each other and write to disk: frozen, plain data, JSON both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Self
+
+from pipelines.files import read_json, write_json
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """Base of every stage result. Fields are JSON values, other records aside; paths are strings."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as nested plain dictionaries."""
+        return dataclasses.asdict(self)
+
+    def write(self, target: Path) -> Path:
+        """Write the record as JSON, atomically."""
+        write_json(target, self.as_dict())
+        return target
+
+    @classmethod
+    def read(cls, source: Path) -> Self:
+        """Read a record written by :meth:`write`.
+
+        Raises:
+            PhotonError: ``RECORD_UNREADABLE`` when the file is missing or is not this record.
+        """
+        from photon.errors import PhotonError
+
+        remedy = "Run the stage that writes it again."
+        content = read_json(source, "RECORD_UNREADABLE", remedy)
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(content, dict) or set(content) != names:
+            raise PhotonError("RECORD_UNREADABLE", source, f"the file is not a {cls.__name__}.", remedy)
+        return cls(**content)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataRecord(Record):
+    """What `generate` made: the raw archive, its questions and their split."""
+
+    folder: str
+    num_scans: int
+    num_patients: int
+    num_questions: int
+    num_questions_by_split: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreprocessRecord(Record):
+    """What `preprocess` made of a folder of scans."""
+
+    folder: str
+    manifest: str
+    num_ok: int
+    num_refused: int
+    refused_by_code: dict[str, int]
+    spec: dict[str, Any]
+    spec_digest: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VersionRecord(Record):
+    """The DVC version of `data/`. `status` is `matches` (the bytes that data.dvc records), `new` (they differ,
+    data.dvc now records the new version) or `first` (there was no data.dvc)."""
+
+    data_version: str
+    recorded_version: str | None
+    status: str
+    message: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainRecord(Record):
+    """A finished training run."""
+
+    checkpoint: str
+    blind_checkpoint: str
+    history: str
+    num_steps: int
+    elapsed_s: float
+    final_loss: float
+    kept_fraction: float
+    config_digest: str
+    data_version: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateRecord(Record):
+    """Scores of a checkpoint on one split. Each score is {"value", "low", "high", "num_questions", "num_patients"}.
+
+    `accuracy` has the keys photon, all_tokens, blind, majority; `tables` names the Parquet file with one row a
+    question; `breakdown` rows hold policy, group ("family" or "subtype" ...), name and a score.
+    """
+
+    accuracy: dict[str, dict[str, float]]
+    tokens: dict[str, Any]
+    breakdown: list[dict[str, Any]]
+    findings: list[dict[str, Any]]
+    regions: list[dict[str, Any]]
+    answers: str
+    split: str
+    data_version: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportRecord(Record):
+    """An accepted ONNX export and what its gate measured."""
+
+    folder: str
+    files: dict[str, str]
+    max_abs_logit_diff: float
+    kept_sets_equal: bool
+    answers_equal: bool
+    token_counts_checked: list[int]
+    config_digest: str
+    data_version: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreRecord(Record):
+    """A finished archive run."""
+
+    table: str
+    num_scans: int
+    rows: int
+    failed_rows: int
+    refused_scans: int
+    resumed_rows: int
+    seconds: float
+    model_version: str
+    data_version: str
