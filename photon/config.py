@@ -1,0 +1,237 @@
+"""Model configuration: frozen dataclasses, read from and written to a Hugging Face style ``config.json``.
+
+The flat keys are Qwen2.5-VL's; what Photon adds lives under the one key ``photon``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from photon.errors import PhotonError
+
+SGP_RULES = ("paper", "taylor")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The vision tower: a 3D patch embedding and transformer blocks over one depth slab at a time."""
+
+    depth: int
+    """Number of transformer blocks."""
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    """Width of the tokens handed to the decoder."""
+    patch_size: int = 14
+    """Voxels of a patch along y and x."""
+    temporal_patch_size: int = 14
+    """Voxels of a patch along z."""
+    spatial_merge_size: int = 2
+    """Patches merged into one visual token along y and along x."""
+    window_size: int = 112
+    """Side of an attention window in voxels, in blocks without full attention."""
+    fullatt_block_indexes: tuple[int, ...] = ()
+    """Blocks whose attention spans the whole depth slab."""
+    in_channels: int = 1
+    tokens_per_second: int = 2
+
+    @property
+    def patch_voxels(self) -> int:
+        """Numbers in one flattened patch."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruningConfig:
+    """Instruction-conditioned token scheduling and its training (paper sections 3.2 and 3.3)."""
+
+    layer: int
+    """Decoder layer (from 0) after whose output visual tokens are dropped."""
+    threshold_scale: float = 0.9
+    """theta = threshold_scale * sigmoid(MLP(descriptor)); 0.9 in the public implementation."""
+    temperature: float = 0.2
+    """p = sigmoid((rho - theta) / temperature)."""
+    threshold_bias_init: float = 0.0
+    """First value of the threshold network's last bias; 0 starts theta near 0.45, -5 near 0.006."""
+    min_tokens: int = 1
+    """Visual tokens kept whatever the scores say (fewer only if the scan has fewer)."""
+    sgp_rule: str = "taylor"
+    """Sign convention of the surrogate gradient: "paper" or "taylor"."""
+    keep_band: tuple[float, float] = (0.3, 0.8)
+    """Mean keep probabilities outside this band are penalised linearly."""
+    seconds_per_grid: float = 14.0
+    """Depth positions advance by tokens_per_second * seconds_per_grid."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PhotonConfig:
+    """The whole model: Qwen2.5-VL's decoder, the 3D vision tower and the pruning layer."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    mrope_section: tuple[int, int, int]
+    """Rotary frequency pairs given to the depth, height and width position."""
+    vision: VisionConfig
+    pruning: PruningConfig
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    vision_start_token_id: int
+    vision_end_token_id: int
+    video_token_id: int
+    """Placeholder id of a visual token."""
+    eos_token_id: int
+    """End of a turn (`<|im_end|>`); closes the question and the answer."""
+
+    def __post_init__(self) -> None:
+        def refuse(fact: str) -> None:
+            raise PhotonError("CONFIG_INVALID", "config.json", fact, "Use a configuration that fits together.")
+
+        if self.hidden_size % self.num_attention_heads:
+            refuse(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            refuse(f"{self.num_attention_heads} heads do not share {self.num_key_value_heads} key/value heads.")
+        if sum(self.mrope_section) * 2 != self.head_dim:
+            refuse(f"mrope_section {self.mrope_section} does not sum to half the head width {self.head_dim}.")
+        if self.vision.out_hidden_size != self.hidden_size:
+            refuse(f"the vision tower gives {self.vision.out_hidden_size} numbers a token, not {self.hidden_size}.")
+        if not 0 <= self.pruning.layer < self.num_hidden_layers:
+            refuse(f"pruning layer {self.pruning.layer} is not one of {self.num_hidden_layers} layers.")
+        if self.pruning.sgp_rule not in SGP_RULES:
+            refuse(f"sgp_rule {self.pruning.sgp_rule!r} is not one of {SGP_RULES}.")
+        if self.pruning.min_tokens < 1:
+            refuse(f"min_tokens is {self.pruning.min_tokens}; at least one visual token must stay.")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def depth_position_step(self) -> float:
+        """Rotary distance between two depth slabs."""
+        return self.vision.tokens_per_second * self.pruning.seconds_per_grid
+
+    def digest(self) -> str:
+        """Twelve hex digits that name this configuration."""
+        return hashlib.sha256(json.dumps(self.to_hf(), sort_keys=True).encode()).hexdigest()[:12]
+
+    @classmethod
+    def from_hf(cls, content: Mapping[str, Any]) -> PhotonConfig:
+        """Read a Qwen2.5-VL ``config.json`` with the public Photon changes.
+
+        Raises:
+            PhotonError: ``CONFIG_INVALID`` when a key is missing or the numbers do not fit together.
+        """
+        try:
+            return cls._from_hf(content)
+        except (KeyError, TypeError, ValueError) as error:
+            raise PhotonError(
+                "CONFIG_INVALID",
+                "config.json",
+                f"a key is missing or malformed ({type(error).__name__}: {error}).",
+                "Use the config.json of a Qwen2.5-VL or Photon checkpoint.",
+            ) from error
+
+    @classmethod
+    def _from_hf(cls, content: Mapping[str, Any]) -> PhotonConfig:
+        flat = {**content, **content.get("text_config", {})}
+        vision = flat["vision_config"]
+        photon = dict(flat.get("photon", {}))
+        photon.setdefault("layer", max(flat["num_hidden_layers"] // 4 - 1, 0))
+        if "keep_band" in photon:
+            photon["keep_band"] = tuple(photon["keep_band"])
+        rope = flat.get("rope_scaling") or flat["rope_parameters"]
+        return cls(
+            hidden_size=flat["hidden_size"],
+            intermediate_size=flat["intermediate_size"],
+            num_hidden_layers=flat["num_hidden_layers"],
+            num_attention_heads=flat["num_attention_heads"],
+            num_key_value_heads=flat["num_key_value_heads"],
+            vocab_size=flat["vocab_size"],
+            mrope_section=tuple(rope["mrope_section"]),
+            rms_norm_eps=flat.get("rms_norm_eps", 1e-6),
+            rope_theta=flat.get("rope_theta", rope.get("rope_theta", 1e6)),
+            tie_word_embeddings=flat.get("tie_word_embeddings", True),
+            initializer_range=flat.get("initializer_range", 0.02),
+            vision_start_token_id=flat["vision_start_token_id"],
+            vision_end_token_id=flat["vision_end_token_id"],
+            video_token_id=flat["video_token_id"],
+            eos_token_id=flat["eos_token_id"],
+            vision=VisionConfig(
+                depth=vision["depth"],
+                hidden_size=vision["hidden_size"],
+                intermediate_size=vision["intermediate_size"],
+                num_heads=vision["num_heads"],
+                out_hidden_size=vision["out_hidden_size"],
+                patch_size=vision["patch_size"],
+                temporal_patch_size=vision["temporal_patch_size"],
+                spatial_merge_size=vision["spatial_merge_size"],
+                window_size=vision["window_size"],
+                fullatt_block_indexes=tuple(vision["fullatt_block_indexes"]),
+                in_channels=vision.get("in_chans", vision.get("in_channels", 1)),
+                tokens_per_second=vision.get("tokens_per_second", 2),
+            ),
+            pruning=PruningConfig(**photon),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The configuration as the content of a ``config.json``; :meth:`from_hf` reads it back unchanged."""
+        content = dataclasses.asdict(self)
+        vision = content.pop("vision")
+        vision["in_chans"] = vision.pop("in_channels")
+        vision["fullatt_block_indexes"] = list(vision["fullatt_block_indexes"])
+        pruning = content.pop("pruning")
+        pruning["keep_band"] = list(pruning["keep_band"])
+        section = list(content.pop("mrope_section"))
+        return {
+            **content,
+            "model_type": "qwen2_5_vl",
+            "hidden_act": "silu",
+            "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": section},
+            "vision_config": {**vision, "hidden_act": "silu"},
+            "photon": pruning,
+        }
+
+
+def tiny(vocab_size: int, *, special_ids: Mapping[str, int]) -> PhotonConfig:
+    """The demonstration preset: the real architecture at about a million parameters.
+
+    Args:
+        vocab_size: number of token ids.
+        special_ids: ids of ``vision_start``, ``vision_end``, ``video`` and ``eos``.
+    """
+    return PhotonConfig(
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=vocab_size,
+        mrope_section=(4, 4, 4),
+        initializer_range=0.06,
+        vision_start_token_id=special_ids["vision_start"],
+        vision_end_token_id=special_ids["vision_end"],
+        video_token_id=special_ids["video"],
+        eos_token_id=special_ids["eos"],
+        vision=VisionConfig(
+            depth=4,
+            hidden_size=64,
+            intermediate_size=128,
+            num_heads=4,
+            out_hidden_size=96,
+            window_size=56,
+            fullatt_block_indexes=(1, 3),
+        ),
+        pruning=PruningConfig(layer=1, min_tokens=4, seconds_per_grid=0.5),
+    )

@@ -1,0 +1,251 @@
+"""The wired model: contexts once, branches against them, pruning after the layer the configuration names.
+
+Row names: `Tc` context rows and `Tb` branch rows of a :class:`PackedBatch`; `R` rows after pruning, where every branch
+has its own copy of the context rows it kept, followed by its own rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from photon import scheduling
+from photon.config import PhotonConfig
+from photon.model.attention import Attention, RaggedAttention, padded_rows, starts_of
+from photon.model.decoder import Decoder, QueryKeyValue
+from photon.model.packing import PackedBatch
+from photon.model.selection import Selection, select_rows
+from photon.model.vision import VisionTower
+from photon.scheduling import Schedule
+from photon.surrogate import pack
+
+Mode = Literal["full", "soft", "hard"]
+
+
+@dataclass(frozen=True)
+class ContextState:
+    """Encoded contexts: output rows [Tc, D] of the last layer run, and what every layer run attended with."""
+
+    hidden: Tensor
+    layers: tuple[QueryKeyValue, ...]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Result of a forward pass.
+
+    Attributes:
+        hidden: [R, D] rows before the final norm. Without pruning (`mode="full"`) these are the branch rows.
+        branch_rows: int64 [Tb] row of `hidden` that holds each branch token.
+        schedule: the pruning decision; None when there is no visual token.
+        selection: rows after pruning; None when contexts stayed shared.
+        layers: what each layer attended with, rows as in `hidden` (earlier layers pruned too); None unless asked.
+        context: the encoded contexts.
+        pruning_layer: branch rows' output [Tb, D] and attention state at the pruning layer.
+    """
+
+    hidden: Tensor
+    branch_rows: Tensor
+    schedule: Schedule | None
+    selection: Selection | None
+    layers: tuple[QueryKeyValue, ...] | None
+    context: ContextState
+    pruning_layer: tuple[Tensor, QueryKeyValue]
+
+
+class Photon(nn.Module):
+    """Vision tower, decoder and pruning layer. Parameter names are the public checkpoint's."""
+
+    def __init__(self, config: PhotonConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = VisionTower(config.vision)
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def initialise(self, seed: int) -> Photon:
+        """Fill every parameter from ``seed``: normal weights, zero biases, unit norms, the configured threshold."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.endswith("bias"):
+                    parameter.zero_()
+                elif parameter.ndim == 1:
+                    parameter.fill_(1.0)
+                else:
+                    parameter.copy_(
+                        torch.randn(parameter.shape, generator=generator) * self.config.initializer_range
+                    )
+            last = self.model.predictor.mlp[2]
+            assert isinstance(last, nn.Linear)
+            last.bias.fill_(self.config.pruning.threshold_bias_init)
+        return self
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        mode: Mode,
+        *,
+        flip: Tensor | None = None,
+        detach: Tensor | None = None,
+        with_layers: bool = False,
+    ) -> Output:
+        """Encode the contexts of a batch and run its branches.
+
+        Args:
+            batch: contexts and branches.
+            mode: "full" keeps every token; "soft" scales visual rows by their keep probability; "hard" removes
+                dropped rows, with surrogate gradients.
+            flip: bool [B] branches whose keep mask is inverted (the flip objective), "hard" only.
+            detach: bool [B] branches whose loss must not reach the keep probabilities.
+            with_layers: also return every layer's keys and values in pruned order, for generation.
+        """
+        last = self.config.num_hidden_layers if mode == "full" and not with_layers else self.config.pruning.layer + 1
+        return self.run_branches(
+            batch, self.encode_contexts(batch, last), mode, flip=flip, detach=detach, with_layers=with_layers
+        )
+
+    def encode_contexts(self, batch: PackedBatch, num_layers: int) -> ContextState:
+        """Vision tower and the first ``num_layers`` decoder layers over the contexts."""
+        x = self.model.embed_tokens(batch.context_ids)
+        if batch.visual_rows.numel():
+            tokens = self.visual(batch.patches, batch.grids).to(x.dtype)
+            x = x.index_copy(0, batch.visual_rows, tokens)
+        return self.run_contexts(x, batch, num_layers)
+
+    def run_contexts(self, x: Tensor, batch: PackedBatch, num_layers: int) -> ContextState:
+        """The first ``num_layers`` decoder layers over embedded context rows [Tc, D]."""
+        lengths = batch.context_lengths
+        attend = RaggedAttention.build(lengths, k_starts=starts_of(lengths), k_lengths=lengths, is_causal=True)
+        table = self.model.rotary(batch.context_positions)
+        layers = []
+        for layer in self.model.layers[:num_layers]:
+            x, state = layer(x, table, attend)
+            layers.append(state)
+        return ContextState(x, tuple(layers))
+
+    def run_branches(
+        self,
+        batch: PackedBatch,
+        context: ContextState,
+        mode: Mode,
+        *,
+        flip: Tensor | None = None,
+        detach: Tensor | None = None,
+        with_layers: bool = False,
+    ) -> Output:
+        """Run the branches of a batch against encoded contexts; arguments as in :meth:`forward`."""
+        num_context_rows = batch.context_ids.shape[0]
+        attend = RaggedAttention.build(
+            batch.branch_lengths,
+            k_starts=starts_of(batch.branch_lengths) + num_context_rows,
+            k_lengths=batch.branch_lengths,
+            shared_starts=starts_of(batch.context_lengths)[batch.branch_context],
+            shared_lengths=batch.context_lengths[batch.branch_context],
+            is_causal=True,
+        )
+        table = self.model.rotary(batch.branch_positions)
+        x = self.model.embed_tokens(batch.branch_ids)
+        early: list[QueryKeyValue] = []
+        split = self.config.pruning.layer + 1
+        for layer, shared in zip(self.model.layers[:split], context.layers, strict=False):
+            x, state = layer(x, table, _after(shared, attend))
+            early.append(state)
+        at_pruning = (x, early[-1])
+        decision = self._schedule(batch, context.layers[split - 1], early[-1])
+
+        if mode == "full" and not with_layers:
+            for layer, shared in zip(self.model.layers[split:], context.layers[split:], strict=True):
+                x, _ = layer(x, table, _after(shared, attend))
+            rows = torch.arange(x.shape[0], device=x.device)
+            return Output(x, rows, decision, None, None, context, at_pruning)
+
+        selection = select_rows(batch, _kept(decision, mode, flip))
+        x = self._prune(torch.cat([context.hidden, x]), decision, selection, mode, detach)
+        x, late = self._run_pruned(x, batch, selection)
+        layers = None
+        if with_layers:
+            pairs = zip(context.layers, early, strict=True)
+            layers = (*(_joined(shared, own, selection.rows) for shared, own in pairs), *late)
+        return Output(x, selection.branch_rows, decision, selection, layers, context, at_pruning)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and vocabulary projection of rows [R, D]; call it on the rows that need it only."""
+        normed = self.model.norm(hidden)
+        weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        return F.linear(normed, weight)
+
+    def _schedule(self, batch: PackedBatch, shared: QueryKeyValue, own: QueryKeyValue) -> Schedule | None:
+        if not batch.visual_rows.numel():
+            return None
+        starts, counts = starts_of(batch.visual_counts), batch.visual_counts
+        visual, valid = padded_rows(starts[batch.branch_context], counts[batch.branch_context])
+        k_visual = shared.k.detach()[batch.visual_rows[visual]]
+        z = scheduling.question_vector(*self._question(batch, own))
+        return scheduling.schedule(scheduling.saliency(z, k_visual), valid, self.model.predictor)
+
+    @staticmethod
+    def _question(batch: PackedBatch, own: QueryKeyValue) -> tuple[Tensor, Tensor, Tensor]:
+        # The question is the beginning of its branch, so its rows are a range.
+        rows, inside = padded_rows(starts_of(batch.branch_lengths), batch.branch_lengths)
+        asked = batch.question[rows] & inside
+        width = int(asked.sum(-1).max())
+        rows, asked = rows[:, :width], asked[:, :width]
+        return own.q.detach()[rows], own.k.detach()[rows], asked
+
+    def _prune(
+        self, x: Tensor, decision: Schedule | None, selection: Selection, mode: Mode, detach: Tensor | None
+    ) -> Tensor:
+        if decision is None or mode == "full":
+            return x.index_select(0, selection.rows)
+        p = decision.p if detach is None else torch.where(detach[:, None], decision.p.detach(), decision.p)
+        if mode == "hard":
+            rule = self.config.pruning.sgp_rule
+            return pack(x, p, selection.rows, selection.slots, decision.valid, rule=rule)
+        scale = torch.where(selection.slots >= 0, p.flatten()[selection.slots.clamp_min(0)], 1.0)
+        return x.index_select(0, selection.rows) * scale[:, None].to(x.dtype)
+
+    def _run_pruned(
+        self, x: Tensor, batch: PackedBatch, selection: Selection
+    ) -> tuple[Tensor, list[QueryKeyValue]]:
+        positions = torch.cat([batch.context_positions, batch.branch_positions], dim=1)[:, selection.rows]
+        table = self.model.rotary(positions)
+        lengths = selection.lengths
+        attend: Attention = RaggedAttention.build(
+            lengths, k_starts=starts_of(lengths), k_lengths=lengths, is_causal=True
+        )
+        states = []
+        for layer in self.model.layers[self.config.pruning.layer + 1 :]:
+            x, state = layer(x, table, attend)
+            states.append(state)
+        return x, states
+
+
+def _after(shared: QueryKeyValue, attend: RaggedAttention) -> Attention:
+    """Attention of branch rows over context rows and their own."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, torch.cat([shared.k, k]), torch.cat([shared.v, v]))
+
+    return attention
+
+
+def _kept(decision: Schedule | None, mode: Mode, flip: Tensor | None) -> Tensor | None:
+    if decision is None:
+        return None
+    if mode != "hard":
+        return decision.valid
+    if flip is None:
+        return decision.keep
+    return torch.where(flip[:, None], scheduling.invert(decision.keep, decision.valid), decision.keep)
+
+
+def _joined(shared: QueryKeyValue, own: QueryKeyValue, rows: Tensor) -> QueryKeyValue:
+    return QueryKeyValue(*(torch.cat(pair).index_select(0, rows) for pair in zip(shared, own, strict=True)))
+
+

@@ -1,0 +1,136 @@
+"""The vision tower: 3D patches to decoder tokens (Qwen2.5-VL's tower with a 14-deep, one-channel patch)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from photon.config import VisionConfig
+from photon.grid import Grid, patch_coordinates, window_ids
+from photon.model.attention import Attention, RaggedAttention, starts_of
+from photon.model.layers import GatedMLP, RMSNorm, rotary_table, rotate
+
+ROTARY_BASE = 10000.0
+
+
+class PatchEmbedding(nn.Module):
+    """Bias-free 3D convolution whose stride is its kernel: one row of numbers per patch."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel, stride=kernel, bias=False)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return F.linear(patches.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
+
+
+class VisionAttention(nn.Module):
+    """Multi-head attention with rotary row and column positions."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        return self.proj(attend(rotate(q, table), rotate(k, table), v).flatten(-2))
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(config.hidden_size, 1e-6)
+        self.norm2 = RMSNorm(config.hidden_size, 1e-6)
+        self.attn = VisionAttention(config)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True)
+
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
+        x = x + self.attn(self.norm1(x), table, attend)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchMerger(nn.Module):
+    """Four neighbouring patches to one decoder token."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.width = config.hidden_size * config.spatial_merge_size**2
+        self.ln_q = RMSNorm(config.hidden_size, 1e-6)
+        self.mlp = nn.Sequential(
+            nn.Linear(self.width, self.width), nn.GELU(), nn.Linear(self.width, config.out_hidden_size)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.ln_q(x).reshape(-1, self.width))
+
+
+class VisionTower(nn.Module):
+    """Patches of any number of volumes to visual tokens."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_patch_embed = PatchEmbedding(config)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        self.merger = PatchMerger(config)
+
+    def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Encode volumes.
+
+        Args:
+            patches: [sum P, 14*14*14] in patch order, one volume after another.
+            grids: patch counts (gz, gy, gx) of each volume.
+
+        Returns:
+            [sum N, D] visual tokens, one volume after another.
+        """
+        coordinates = [patch_coordinates(grid, self.config).to(patches.device) for grid in grids]
+        windows = _numbered([window_ids(c, self.config) for c in coordinates])
+        slabs = _numbered([c[:, 0] for c in coordinates])
+        # Sorting by window keeps each slab together (a window lies in one slab), so both kinds of attention
+        # see their segments as ranges of rows; the order is undone at the end.
+        order = torch.argsort(windows, stable=True)
+        tokens = self.encode(
+            patches[order],
+            torch.cat(coordinates)[order, 1:],
+            full=_segments(slabs[order]),
+            windowed=_segments(windows[order]),
+        )
+        return self.merger(tokens[torch.argsort(order)])
+
+    def encode(self, patches: Tensor, rows_columns: Tensor, *, full: Attention, windowed: Attention) -> Tensor:
+        """Run the blocks on patches [P, 14*14*14] at [P, 2] rows and columns; returns [P, width]."""
+        table = self.rotary(rows_columns)
+        x = self.vision_patch_embed(patches)
+        for index, block in enumerate(self.blocks):
+            x = block(x, table, full if index in self.config.fullatt_block_indexes else windowed)
+        return x
+
+    def rotary(self, rows_columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary table for [P, 2] rows and columns: the first half of the pairs turns with the row."""
+        quarter = self.config.hidden_size // self.config.num_heads // 4
+        exponent = torch.arange(quarter, dtype=torch.float32, device=rows_columns.device) / quarter
+        frequency = 1.0 / ROTARY_BASE**exponent
+        return rotary_table((rows_columns[:, :, None].float() * frequency).flatten(1))
+
+
+def _numbered(ids: list[Tensor]) -> Tensor:
+    """Concatenate the segment ids of several volumes so that no two volumes share one."""
+    parts, offset = [], 0
+    for part in ids:
+        parts.append(part + offset)
+        offset = int(parts[-1].max()) + 1
+    return torch.cat(parts)
+
+
+def _segments(ids: Tensor) -> RaggedAttention:
+    lengths = torch.unique_consecutive(ids, return_counts=True)[1]
+    return RaggedAttention.build(lengths, k_starts=starts_of(lengths), k_lengths=lengths, is_causal=False)

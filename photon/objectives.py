@@ -1,0 +1,55 @@
+"""Loss terms, one function each. Rows are packed; every term is per branch, so a batch is the mean of its branches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from photon.model.packing import IGNORE_INDEX, PackedBatch
+from photon.scheduling import Schedule
+
+
+def answer_targets(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Branch rows that predict a labelled token: rows [M], target ids [M], branch of each [M].
+
+    A token is predicted by the row before it in the same branch; a branch's first token by nothing here.
+    """
+    branches = torch.arange(batch.branch_lengths.shape[0], device=batch.labels.device)
+    branch = torch.repeat_interleave(branches, batch.branch_lengths, output_size=batch.labels.shape[0])
+    is_first = torch.ones_like(branch, dtype=torch.bool)
+    is_first[1:] = branch[1:] != branch[:-1]
+    places = ((batch.labels != IGNORE_INDEX) & ~is_first).nonzero().flatten()
+    return places - 1, batch.labels[places], branch[places]
+
+
+def mean_by_branch(values: Tensor, branch: Tensor, num_branches: int) -> Tensor:
+    """Mean of per-target values [M] within each branch: [B], 0 for a branch without targets."""
+    total = values.new_zeros(num_branches).index_add(0, branch, values)
+    count = values.new_zeros(num_branches).index_add(0, branch, torch.ones_like(values))
+    return total / count.clamp_min(1.0)
+
+
+def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of every target: -log p(answer token), float32 [M] (paper eq. 1)."""
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def entropy_loss(logits: Tensor) -> Tensor:
+    """Robustness: minus the entropy of the answer distribution, for scans perturbed beyond use (section 3.4)."""
+    log_p = logits.float().log_softmax(-1)
+    return (log_p.exp() * log_p).sum(-1)
+
+
+def flip_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Flip: -log(1 - p(answer) + 1e-6), with the keep mask inverted (section 3.4)."""
+    p = logits.float().softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    return -torch.log(1.0 - p + 1e-6)
+
+
+def keep_band_loss(decision: Schedule, band: tuple[float, float]) -> Tensor:
+    """Keep band: how far the mean keep probability of a branch is outside ``band``, float32 [B]."""
+    low, high = band
+    count = decision.valid.sum(-1)
+    mean = torch.where(decision.valid, decision.p, 0.0).sum(-1) / count.clamp_min(1)
+    outside = (low - mean).clamp_min(0.0) + (mean - high).clamp_min(0.0)
+    return torch.where(count > 0, outside, 0.0)
