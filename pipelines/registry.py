@@ -1,8 +1,8 @@
 """The model registry: versions of the exported ONNX folder, and which of them is the champion.
 
-A version is the whole export folder (``scan.onnx``, ``question.onnx``, ``decode.onnx``, their JSON files), kept
-as artifacts of the run that made it, so ``models:/photon@champion`` downloads everything scoring needs. The
-decision that gave a version its alias is written on the version as a tag.
+A version is the whole export folder (``scan.onnx``, ``question.onnx``, ``decode.onnx``, their JSON files),
+kept as artifacts of the run that made it, so ``models:/photon@champion`` downloads everything scoring needs.
+The decision that gave a version its alias is written on the version as a tag.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ def register_model(
 ) -> RegisteredModel:
     """Register an accepted export and decide whether it becomes the champion.
 
-    The first version does. A later one is the challenger, and takes over when it answers the same frozen test
-    questions (equal ``data_version``) at least as well. On other data nothing can be said: it stays challenger.
+    The first version does. A later one is the challenger, and takes over when it answers the same frozen
+    test questions (equal ``data_version``) at least as well. On other data nothing can be said: it stays
+    challenger.
 
     Args:
         store: where the registry lives.

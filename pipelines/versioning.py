@@ -1,9 +1,9 @@
 """The version of the data folder: DVC's hash, computed here, recorded by DVC. The only user of DVC.
 
-A folder's version is the MD5 over the sorted list of its files' MD5s, as DVC defines it. Computing it takes no
-DVC process, no remote and no git, so a fresh machine that regenerated the data proves equality with ``data.dvc``
-alone, and bytes are judged by reading them: DVC itself trusts time stamps and read-only cache files, and calls a
-folder up to date whose cached bytes have rotted.
+A folder's version is the MD5 over the sorted list of its files' MD5s, as DVC defines it. Computing it takes
+no DVC process, no remote and no git, so a fresh machine that regenerated the data proves equality with
+``data.dvc`` alone, and bytes are judged by reading them: DVC itself trusts time stamps and read-only cache
+files, and calls a folder up to date whose cached bytes have rotted.
 """
 
 from __future__ import annotations
@@ -91,16 +91,16 @@ def read_version(pointer: Path) -> str:
 def version_folder(data: Path, pointer: Path | None = None) -> VersionRecord:
     """Compare a data folder with its DVC pointer and record its version when it is another.
 
-    Equal bytes leave the pointer alone. DVC is started when the version is not recorded yet or its cache lacks
-    files, so that ``dvc push`` always has them.
+    Equal bytes leave the pointer alone. DVC is started when the version is not recorded yet or its cache
+    lacks files, so that ``dvc push`` always has them.
 
     Args:
         data: the folder.
         pointer: ``<data>.dvc`` beside the folder, which is also the default.
 
     Raises:
-        PhotonError: ``DATA_MISSING``, ``POINTER_UNREADABLE``, ``POINTER_MISPLACED`` when the pointer is not beside
-            the folder, ``DVC_FAILED`` when DVC refuses.
+        PhotonError: ``DATA_MISSING``, ``POINTER_UNREADABLE``, ``POINTER_MISPLACED`` when the pointer
+            is not beside the folder, ``DVC_FAILED`` when DVC refuses.
     """
     data = data.resolve()
     expected = data.with_name(f"{data.name}.dvc")
@@ -140,7 +140,7 @@ def _listing(files: list[dict[str, str]]) -> bytes:
 
 
 def _is_cached(project: Path, files: list[dict[str, str]], version: str) -> bool:
-    """Whether DVC's own cache has the listing and every file; a cache set up elsewhere counts as lacking them."""
+    """Whether DVC's cache has the listing and every file; a cache kept elsewhere counts as lacking them."""
     cache = project / ".dvc" / "cache" / "files" / "md5"
     return all((cache / md5[:2] / md5[2:]).is_file() for md5 in (version, *(file["md5"] for file in files)))
 

@@ -108,7 +108,8 @@ def test_a_run_that_breaks_says_so(store: Store, error: type[BaseException], sta
 def test_a_killed_process_leaves_a_run_that_is_ended_later(store: Store) -> None:
     code = (
         "import os, sys; from pipelines.tracking import open_store, tracked_run\n"
-        "with tracked_run(open_store(sys.argv[1], 'trials'), 'doomed') as t: print(t.run_id, flush=True); os._exit(9)"
+        "with tracked_run(open_store(sys.argv[1], 'trials'), 'doomed') as run:\n"
+        "    print(run.run_id, flush=True); os._exit(9)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, store.uri], capture_output=True, text=True, timeout=120
