@@ -1,7 +1,8 @@
 """Answer metrics: text equality, thresholded and linear relative accuracy, BLEU-1, ROUGE-1 and findings.
 
-Every score is a fraction in [0, 1]. Text is compared the way Photon's own evaluation does it, so that numbers stay
-comparable; the normalised variants, which forgive a final full stop, are separate functions with their own names.
+Every score is a fraction in [0, 1]. Text is compared the way Photon's own evaluation does it, so that numbers
+stay comparable; the normalised variants, which forgive a final full stop, are separate functions with their
+own names.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def closed_accuracy_normalised(predicted: str, gold: str) -> float:
 def parse_number(answer: str | float) -> float | None:
     """The first number of ``answer``: optional sign, digits with or without a point, optional exponent.
 
-    ``"1,234"`` is 1, ``"5-10"`` is 5, ``"T2 stage 7"`` is 2; no number, or one too large for a float, is None.
+    ``"1,234"`` is 1, ``"5-10"`` is 5, ``"T2 stage 7"`` is 2; no number, or one too large for a float, is
+    None.
     """
     number = _number_text(answer)
     if number is None:
@@ -65,8 +67,8 @@ def mra_threshold_photon(predicted: str | float, gold: str | float, exact_decima
     Args:
         predicted: a number or the text to take the first number from.
         gold: the same for the truth.
-        exact_decimal: compare in decimal arithmetic. Binary floats, the default and the published behaviour, call
-            an error of exactly 5 % smaller than ``1 - 0.95``; exact decimals do not.
+        exact_decimal: compare in decimal arithmetic. Binary floats, the default and the published behaviour,
+            call an error of exactly 5 % smaller than ``1 - 0.95``; exact decimals do not.
 
     Returns:
         A multiple of 0.1; 0.0 when either side holds no number.
@@ -119,8 +121,8 @@ def is_parse_failure(question: Question, predicted: str) -> bool:
 def tokenise_13a(text: str) -> list[str]:
     """Words and punctuation of ``text`` by the 13a rules of machine translation scoring; case is kept.
 
-    Apostrophe, comma, hyphen and point stay inside words, save that comma and point are split off unless they stand
-    between digits, and a hyphen is split off after a digit.
+    Apostrophe, comma, hyphen and point stay inside words, save that comma and point are split off unless they
+    stand between digits, and a hyphen is split off after a digit.
     """
     text = text.replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
     text = html.unescape(re.sub(r"&(?!(?:quot|amp|lt|gt);)", "&amp;", text))
@@ -149,8 +151,8 @@ def bleu1(predictions: Sequence[str], golds: Sequence[str]) -> float:
 def rouge1(predictions: Sequence[str], golds: Sequence[str]) -> float:
     """Mean over pairs of the ROUGE-1 F measure on lower-case alphanumeric words, without stemming.
 
-    The reference reports the median of unseeded bootstrap means; this is the plain mean, which can be repeated.
-    0.0 for no pairs. Raises ValueError for unequal lengths.
+    The reference reports the median of unseeded bootstrap means; this is the plain mean, which can be
+    repeated. 0.0 for no pairs. Raises ValueError for unequal lengths.
     """
     scores = [_rouge1_pair(predicted, gold) for predicted, gold in zip(predictions, golds, strict=True)]
     return math.fsum(scores) / len(scores) if scores else 0.0
@@ -166,8 +168,8 @@ def parse_presence(answer: str) -> bool | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Confusion:
-    """Counts of a yes/no finding. An answer that is neither yes nor no counts as wrong: it is in `fn` or `fp`, and
-    in `num_unparsed` as well, so that refusing to answer cannot look better than answering."""
+    """Counts of a yes/no finding. An answer that is neither yes nor no counts as wrong: it is in `fn` or
+    `fp`, and in `num_unparsed` as well, so that refusing to answer cannot look better than answering."""
 
     tp: int
     fp: int

@@ -1,18 +1,23 @@
 """Where the visual tokens lie: which of them hold an organ, and how many of those a question kept.
 
-Label maps are uint8 [Z, Y, X] on the grid of the preprocessed volume, tokens are boxes of 14 x 28 x 28 voxels in the
-order of :func:`photon.grid.token_boxes`: z slowest, then y, then x.
+Organ masks are bool [Z, Y, X] on the grid of the preprocessed volume, tokens are boxes of 14 x 28 x 28 voxels
+in the order of :func:`photon.grid.token_boxes`: z slowest, then y, then x.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from photon.errors import PhotonError
+from pipelines.anatomy import LABELS
+from pipelines.measurements import REGIONS, organ_mask
+from pipelines.resample import VolumeSpec
+from pipelines.volumes import resample_labels
 
 TOKEN_BOX = (14, 28, 28)
 """Voxels of a visual token along z, y and x."""
@@ -41,6 +46,30 @@ class Retention:
         return self.num_kept / self.num_tokens if self.num_tokens else None
 
 
+def read_organ_masks(
+    data: Path, scan_id: str, spec: VolumeSpec, organs: Iterable[str]
+) -> dict[str, BoolArray]:
+    """Masks, bool [Z, Y, X] on the grid of ``spec``, of those ``organs`` that are known and that the scan
+    shows.
+
+    Args:
+        data: folder with ``raw/labels/<scan_id>.nii``; without that file no organ's place is known.
+        scan_id: which scan.
+        spec: of the preprocessed volume.
+        organs: names as questions use them.
+
+    Raises:
+        PhotonError: what reading a label map raises.
+    """
+    source = data / "raw" / "labels" / f"{scan_id}.nii"
+    if not source.exists():
+        return {}
+    labels = resample_labels(source, spec)
+    known = sorted({organ for organ in organs if organ in REGIONS or organ in LABELS})
+    masks = {organ: organ_mask(labels, organ) for organ in known}
+    return {organ: mask for organ, mask in masks.items() if mask.any()}
+
+
 def token_grid(shape: Sequence[int]) -> Shape:
     """Tokens along z, y and x of a volume of ``shape`` voxels.
 
@@ -57,23 +86,21 @@ def token_grid(shape: Sequence[int]) -> Shape:
     return (shape[0] // TOKEN_BOX[0], shape[1] // TOKEN_BOX[1], shape[2] // TOKEN_BOX[2])
 
 
-def organ_tokens(labels: NDArray[np.integer], values: Iterable[int], min_voxels: int = 1) -> BoolArray:
+def organ_tokens(organ: BoolArray, min_voxels: int = 1) -> BoolArray:
     """Which visual tokens hold at least ``min_voxels`` voxels of an organ.
 
     Args:
-        labels: label map [Z, Y, X] on the volume's grid.
-        values: the label values that make up the organ (an organ with its lesions has several).
+        organ: bool [Z, Y, X] on the volume's grid, such as :func:`pipelines.measurements.organ_mask` gives.
         min_voxels: how many voxels count as holding it.
 
     Returns:
         bool [N].
 
     Raises:
-        PhotonError: ``GRID_INVALID`` when the map is not a whole number of token boxes.
+        PhotonError: ``GRID_INVALID`` when the mask is not a whole number of token boxes.
     """
-    gz, gy, gx = token_grid(labels.shape)
-    inside = np.isin(labels, np.fromiter(values, dtype=np.int64))
-    boxes = inside.reshape(gz, TOKEN_BOX[0], gy, TOKEN_BOX[1], gx, TOKEN_BOX[2])
+    gz, gy, gx = token_grid(organ.shape)
+    boxes = organ.reshape(gz, TOKEN_BOX[0], gy, TOKEN_BOX[1], gx, TOKEN_BOX[2])
     counts: NDArray[np.int64] = boxes.sum(axis=(1, 3, 5), dtype=np.int64).ravel()
     return counts >= min_voxels
 
@@ -86,7 +113,9 @@ def kept_mask(kept: Sequence[int], num_tokens: int) -> BoolArray:
     """
     indices = np.asarray(kept, dtype=np.int64)
     if indices.size and (indices.min() < 0 or indices.max() >= num_tokens):
-        raise ValueError(f"kept token indices {indices.min()}..{indices.max()} do not fit {num_tokens} tokens")
+        raise ValueError(
+            f"kept token indices {indices.min()}..{indices.max()} do not fit {num_tokens} tokens"
+        )
     mask = np.zeros(num_tokens, dtype=bool)
     mask[indices] = True
     return mask

@@ -93,16 +93,22 @@ class TrainRecord(Record):
 class EvaluateRecord(Record):
     """Scores of a checkpoint on one split. Each score is {"value", "low", "high", "num_questions", "num_patients"}.
 
-    `accuracy` has the keys photon, all_tokens, blind, majority; `tables` names the Parquet file with one row a
-    question; `breakdown` rows hold policy, group ("family" or "subtype" ...), name and a score.
+    `accuracy` has the keys photon, all_tokens, blind, majority; `differences` are paired ("photon - blind" ...);
+    `breakdown` rows hold policy, group ("family", "subtype" or "kind"), name and a score; `findings` rows hold a yes/no
+    subtype, policy, counts and three scores; `regions` rows hold an organ and the shares of its tokens that were kept;
+    `diagnostics` has other metrics of the same answers by policy; `answers` names the Parquet file with one row a
+    policy and question. Questions about scans that preprocessing refused are skipped and counted.
     """
 
-    accuracy: dict[str, dict[str, float]]
+    accuracy: dict[str, Any]
+    differences: dict[str, Any]
     tokens: dict[str, Any]
     breakdown: list[dict[str, Any]]
     findings: list[dict[str, Any]]
     regions: list[dict[str, Any]]
+    diagnostics: dict[str, dict[str, float]]
     answers: str
+    num_questions_skipped: int
     split: str
     data_version: str
 

@@ -1,8 +1,9 @@
 """Patient-level bootstrap intervals.
 
-Questions about one patient are not independent, so whole patients are resampled, with replacement. Every statistic
-here is a function of sums over questions; one row of sums a patient is enough, and a resample is a weighted sum of
-those rows. The interval is the 95 % percentile interval of 2000 resamples from a seeded generator.
+Questions about one patient are not independent, so whole patients are resampled, with replacement. Every
+statistic here is a function of sums over questions; one row of sums a patient is enough, and a resample is a
+weighted sum of those rows. The interval is the 95 % percentile interval of 2000 resamples from a seeded
+generator.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def ratio_interval(
     bounds: Bounds = (0.0, 1.0),
     seed: int = 0,
 ) -> Score:
-    """Sum of ``numerators`` over sum of ``denominators``, such as a sensitivity: true positives over positives.
+    """Sum of ``numerators`` over sum of ``denominators``, such as a sensitivity: true positives over
+    positives.
 
     Args:
         numerators: [Q].
@@ -106,7 +108,9 @@ def balanced_accuracy_interval(
         The score; value 0 and the interval (0, 1) when one of the two classes is missing.
     """
     positive, correct = np.asarray(is_positive, dtype=bool), np.asarray(is_correct, dtype=bool)
-    columns = np.stack([positive & correct, positive, ~positive & correct, ~positive], axis=1).astype(np.float64)
+    columns = np.stack([positive & correct, positive, ~positive & correct, ~positive], axis=1).astype(
+        np.float64
+    )
     return interval(columns, patients, _balanced_accuracy_of_sums, seed=seed)
 
 
@@ -120,10 +124,10 @@ def interval(
 ) -> Score:
     """Percentile bootstrap interval of any statistic of summed columns.
 
-    Resamples in which the statistic is undefined are left out. Patients who show no variation at all, a single
-    patient among them, give resamples that are all equal and an interval of no width, which would claim certainty:
-    then the interval covers what could still be if as large a share of patients as ``n`` patients can miss with
-    probability 2.5 % were at either bound.
+    Resamples in which the statistic is undefined are left out. Patients who show no variation at all, a
+    single patient among them, give resamples that are all equal and an interval of no width, which would
+    claim certainty: then the interval covers what could still be if as large a share of patients as ``n``
+    patients can miss with probability 2.5 % were at either bound.
 
     Args:
         columns: [Q, C] what ``statistic`` needs summed.

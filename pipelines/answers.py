@@ -1,0 +1,107 @@
+"""What answers a question, and the table that answers are kept in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import polars as pl
+
+from photon.errors import PhotonError
+from pipelines.files import atomic_path
+
+if TYPE_CHECKING:
+    from pipelines.questions import Question
+    from pipelines.volumes import Volume
+
+POLICIES = ("photon", "all_tokens", "blind", "majority")
+"""How an answer came about: with pruning, with every visual token, without the scan, without a model."""
+
+ANSWER_SCHEMA = {
+    "policy": pl.String,
+    "question_id": pl.String,
+    "scan_id": pl.String,
+    "patient_id": pl.String,
+    "family": pl.String,
+    "subtype": pl.String,
+    "organ": pl.String,
+    "kind": pl.String,
+    "question": pl.String,
+    "gold": pl.String,
+    "predicted": pl.String,
+    "score": pl.Float64,
+    "is_unparsed": pl.Boolean,
+    "confidence": pl.Float64,
+    "num_tokens": pl.Int64,
+    "num_kept": pl.Int64,
+    "kept": pl.List(pl.Int32),
+    "organ_tokens": pl.Int64,
+    "organ_tokens_kept": pl.Int64,
+    "organ_share_unasked": pl.Float64,
+    "seconds": pl.Float64,
+}
+"""One row a policy and question. `kept` is filled for policy photon alone. The organ columns are null where
+the organ's place is unknown: no organ asked about, no label map, or no such organ in the scan;
+`organ_share_unasked` is the mean share of the organ's tokens kept by the questions about other things in the
+same scan."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """The answer to one question about one scan.
+
+    Args:
+        question_id: whose answer it is.
+        text: the answer.
+        confidence: probability of the answer, 0 to 1.
+        num_tokens: visual tokens before pruning; 0 without a scan.
+        kept: indices of the visual tokens kept, ascending.
+        seconds: time this answer took.
+    """
+
+    question_id: str
+    text: str
+    confidence: float
+    num_tokens: int
+    kept: tuple[int, ...]
+    seconds: float
+
+
+class Answerer(Protocol):
+    """Anything that answers questions about one scan."""
+
+    def answer(self, volume: Volume | None, questions: Sequence[Question]) -> list[Answer]:
+        """Answers in the order of ``questions``, all of them about ``volume``; None: without looking."""
+
+
+def write_answers(rows: Sequence[dict[str, object]], target: Path) -> pl.DataFrame:
+    """Write rows of :data:`ANSWER_SCHEMA` as Parquet, atomically, and return the table."""
+    table = pl.DataFrame(rows, schema=ANSWER_SCHEMA, orient="row")
+    with atomic_path(target) as temporary:
+        table.write_parquet(temporary, compression="zstd")
+    return table
+
+
+def read_answers(source: Path) -> pl.DataFrame:
+    """Read a table written by :func:`write_answers`.
+
+    Raises:
+        PhotonError: ``TABLE_UNREADABLE`` when the file is missing, is not Parquet or has other columns.
+    """
+    remedy = "Run `photon evaluate` again."
+    try:
+        table = pl.read_parquet(source)
+    except FileNotFoundError as error:
+        raise PhotonError("TABLE_UNREADABLE", source, "the file does not exist.", remedy) from error
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise PhotonError(
+            "TABLE_UNREADABLE", source, f"it is not a Parquet table ({error}).", remedy
+        ) from error
+    if table.schema != pl.Schema(ANSWER_SCHEMA):
+        different = sorted(set(table.schema.items()) ^ set(pl.Schema(ANSWER_SCHEMA).items()), key=str)
+        raise PhotonError(
+            "TABLE_UNREADABLE", source, f"its columns differ in {[name for name, _ in different]}.", remedy
+        )
+    return table
