@@ -97,16 +97,14 @@ def read_part(part: Path) -> pl.DataFrame | None:
         return None
 
 
-def write_part(part: Path, rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
+def write_part(part: Path, frame: pl.DataFrame) -> None:
     """Write the rows of one scan, all or none.
 
     Raises:
         ValueError: a row breaks the schema; nothing is written.
     """
-    frame = score_frame(rows)
     with atomic_path(part) as temporary:
-        frame.write_parquet(temporary)
-    return frame
+        validate_scores(frame).write_parquet(temporary)
 
 
 def join_parts(parts: Sequence[Path], table: Path) -> Path:
