@@ -1,7 +1,7 @@
 """One synthetic patient: analytic thorax and abdomen in Hounsfield units with its label map.
 
-Coordinates are patient millimetres (x to the left, y to the back, z to the head), origin in the middle of the body.
-Array arithmetic is restricted to + - * /, comparisons and integers, which every machine rounds alike.
+Coordinates are patient millimetres (x to the left, y to the back, z to the head), origin in the middle of the
+body. Array arithmetic is restricted to + - * /, comparisons and integers, which every machine rounds alike.
 """
 
 from __future__ import annotations
@@ -49,6 +49,15 @@ FINDINGS = (
 )
 """What a visit may show; each is present in half of the patients."""
 
+TRAITS = (
+    "larger left kidney",
+    "high left nodule",
+    "high right nodule",
+    "larger left effusion",
+    "severe splenomegaly",
+)
+"""How a patient's organs and findings look at every visit; each holds for half of the patients."""
+
 # Free places for liver lesions: offset from the right lobe's centre in units of its semi-axes.
 _LIVER_SLOTS = (
     (-0.35, -0.35, 0.30),
@@ -63,14 +72,14 @@ Point = tuple[float, float, float]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Patient:
-    """Body and organ sizes that stay the same between visits: millimetres, HU and factors around 1."""
+    """What stays the same between visits: millimetres, HU, factors around 1, and each of TRAITS as 0 or 1."""
 
     body_mm: tuple[float, float]
     fat_mm: float
     shift_mm: Point
     scale: Mapping[str, float]
     hu: Mapping[str, int]
-    side_signs: tuple[int, int, int, int]
+    traits: Mapping[str, int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +92,7 @@ class Lesion:
     hu: int
 
 
-def draw_patient(random: np.random.RandomState) -> Patient:
+def draw_patient(random: np.random.RandomState, traits: Mapping[str, int]) -> Patient:
     """A patient's constant anatomy."""
 
     def around(width: float) -> float:
@@ -97,7 +106,7 @@ def draw_patient(random: np.random.RandomState) -> Patient:
         for name in ("left lung", "right lung", "heart", "aorta", "liver", "spleen", "spine", "stomach")
     }
     larger = 1.0 + between(0.08, 0.16)
-    kidneys = (larger, 2.0 - larger) if random.randint(2) else (2.0 - larger, larger)
+    kidneys = (larger, 2.0 - larger) if traits["larger left kidney"] else (2.0 - larger, larger)
     scale |= {"left kidney": kidneys[0], "right kidney": kidneys[1]}
     contrast = int(random.randint(-25, 26))
     hu = {
@@ -117,7 +126,7 @@ def draw_patient(random: np.random.RandomState) -> Patient:
         shift_mm=(between(-5, 5), between(-5, 5), between(-8, 8)),
         scale=scale,
         hu=hu,
-        side_signs=tuple(1 if random.randint(2) else -1 for _ in range(4)),  # type: ignore[arg-type]
+        traits=traits,
     )
 
 
@@ -165,9 +174,13 @@ class Canvas:
         self._paint(tuple(box), mask, hu, label, within)
 
     def cylinder(
-        self, centre_mm: tuple[float, float], semi_mm: tuple[float, float], z_mm: tuple[float, float], hu: int,
+        self,
+        centre_mm: tuple[float, float],
+        semi_mm: tuple[float, float],
+        z_mm: tuple[float, float],
+        hu: int,
         label: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Paint an elliptic cylinder along z."""
         x, y, z = self.axes_mm
         a, b = (x - centre_mm[0]) / semi_mm[0], (y - centre_mm[1]) / semi_mm[1]
@@ -198,8 +211,8 @@ def paint_patient(
 
     Args:
         findings: each of FINDINGS to 0 or 1.
-        random: seeded by the patient alone; what is drawn does not depend on the findings, so that a lesion seen at
-            two visits is the same lesion.
+        random: seeded by the patient alone; what is drawn does not depend on the findings, so that a
+            lesion seen at two visits is the same lesion.
     """
     _paint_body(canvas, patient)
     _paint_chest(canvas, patient, findings, random)
@@ -250,19 +263,22 @@ def _paint_chest(
     canvas: Canvas, patient: Patient, findings: Mapping[str, int], random: np.random.RandomState
 ) -> None:
     hu, scale = patient.hu, patient.scale
-    for index, (side, sign) in enumerate((("left", 1), ("right", -1))):
+    for side, sign in (("left", 1), ("right", -1)):
         centre = _moved(patient, (sign * 70, -2, 58))
         size = scale[f"{side} lung"]
         semi = (52 * size, 74 * size, 80 * size)
         lung = f"{side} lung"
         canvas.ellipsoid(centre, semi, hu["lung"], lung)
-        is_upper = patient.side_signs[index] > 0
-        spot = (centre[0] + sign * random.randint(4, 13), centre[1] - random.randint(8, 21),
-                centre[2] + (random.randint(32, 41) if is_upper else -random.randint(8, 17)))  # fmt: skip
-        radius = float(random.randint(150, 211)) / 10
-        level = centre[1] + float(
-            random.randint(14, 24) if patient.side_signs[2] == sign else random.randint(36, 44)
+        up, down = int(random.randint(32, 41)), int(random.randint(18, 27))
+        spot = (
+            centre[0] + sign * random.randint(4, 13),
+            centre[1] - random.randint(8, 21),
+            centre[2] + (up if patient.traits[f"high {side} nodule"] else -down),
         )
+        radius = float(random.randint(150, 211)) / 10
+        has_more = patient.traits["larger left effusion"] == (side == "left")
+        more, less = int(random.randint(14, 24)), int(random.randint(36, 44))
+        level = centre[1] + (more if has_more else less)
         if findings[f"{side} effusion"]:
             canvas.ellipsoid(centre, semi, 8, f"{side} effusion", within=(lung,), behind_mm=level)
         if findings[f"{side} nodule"]:
@@ -297,7 +313,7 @@ def _paint_abdomen(
     canvas.ellipsoid(
         (centre[0], centre[1] - 12, centre[2]), (22, 11, 22), -850, "stomach", within=("stomach",)
     )
-    enlarged = (1.36, 1.62)[random.randint(2)]
+    enlarged = 1.62 if patient.traits["severe splenomegaly"] else 1.36
     size = scale["spleen"] * (enlarged if findings["splenomegaly"] else 1.0)
     canvas.ellipsoid(
         _moved(patient, (97 - 9 * (size - 1), 30, -34)),
@@ -337,7 +353,7 @@ def _paint_liver(
     canvas.ellipsoid(centre, semi, tissue, "liver")
     canvas.ellipsoid(_moved(patient, (-8, -46, -18)), (52 * size, 32 * size, 28 * size), tissue, "liver")
     slots = [_LIVER_SLOTS[index] for index in random.permutation(len(_LIVER_SLOTS))]
-    radii = [float(radius) / 10 for radius in random.randint(120, 171, len(slots))]
+    radii = [float(radius) / 10 for radius in random.randint(120, 191, len(slots))]
     places = {"liver cyst": slice(0, random.randint(1, 4)), "liver tumor": slice(3, random.randint(4, 6))}
     for label, hu in (("liver cyst", 4), ("liver tumor", 215)):
         if not findings[label]:

@@ -1,7 +1,7 @@
 """The table of preprocessed scans: one row a scan, whether it could be read or not.
 
-The only module that declares the table. Its bytes depend on its content alone: rows are sorted, nothing is compressed,
-and there is no time and no absolute path in it.
+The only module that declares the table. Its bytes depend on its content alone: rows are sorted, nothing is
+compressed, and there is no time and no absolute path in it.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ SCHEMA: dict[str, Any] = {
     "max_hu": polars.Float64,
     "notes": polars.List(polars.String),
 }
-"""Column -> type. `source` is relative to the input folder, `volume` to the manifest; `status` is ``ok`` or the error
-code, with the error's fact and remedy in `message`. Geometry is the source's, in its own axes; it and everything
-after `message` is null for a refused scan. `volume_sha256` is of the voxels."""
+"""Column -> type. `source` is relative to the input folder, `volume` to the manifest; `status` is ``ok``
+or the error code, with the error's fact and remedy in `message`. Geometry is the source's, in its own
+axes. `volume_sha256` is of the voxels. A refused scan has nulls where nothing is known."""
 
 _ALWAYS = ("scan_id", "source", "status", "message", "spec_digest")
 _WHEN_OK = ("source_sha256", "volume", "volume_sha256", "shape", "spacing_mm", "orientation", "modality")

@@ -29,7 +29,8 @@ CARDIOMEGALY_RATIO = 0.5
 
 
 def organ_mask(labels: np.ndarray, organ: str) -> np.ndarray:
-    """Bool array of ``labels``' shape: where an organ that a question asks about lies, its lesions included."""
+    """Bool array of ``labels``' shape: where an organ that a question asks about lies, its lesions
+    included."""
     return np.isin(labels, [LABELS[name] for name in REGIONS.get(organ, (organ,))])
 
 

@@ -1,7 +1,7 @@
 """A deterministic archive of CT phantoms: scans, label maps, their patients and the questions about them.
 
-Every number comes from `numpy.random.RandomState`, whose streams are frozen, and from arithmetic that every machine
-rounds alike; files are uncompressed, so no zlib decides their bytes.
+Every number comes from `numpy.random.RandomState`, whose streams are frozen, and from arithmetic that every
+machine rounds alike; files are uncompressed, so no zlib decides their bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.anatomy import FINDINGS, LABELS, Canvas, draw_patient, paint_patient
+from pipelines.anatomy import FINDINGS, LABELS, TRAITS, Canvas, draw_patient, paint_patient
 from pipelines.files import prepare_output_folder, write_json, write_text
 from pipelines.questions import Question, questions_for_scan, write_questions
 from pipelines.results import DataRecord
@@ -22,8 +22,9 @@ from pipelines.volumes import write_scan
 
 Progress = Callable[[int, int, str], None]
 
-# Array axes (i, j, k) point to: letters of the patient's left, right, anterior, posterior, superior, inferior.
 ORIENTATIONS = ("LPS", "RAS", "LAS", "RPS", "PIR", "PSR", "SRP", "ASL")
+"""Where the array axes (i, j, k) point to: left, right, anterior, posterior, superior, inferior."""
+
 _NOISE_HU = 15
 
 
@@ -46,7 +47,7 @@ PHANTOM_SPECS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Visit:
-    """One scan to make. ``findings`` maps each of FINDINGS to 0 or 1."""
+    """One scan to make. ``findings`` and ``traits`` map each of FINDINGS and TRAITS to 0 or 1."""
 
     scan_id: str
     patient_id: str
@@ -54,20 +55,22 @@ class Visit:
     split: str
     patient_seed: int
     findings: dict[str, int]
+    traits: dict[str, int]
 
 
 def plan_visits(spec: PhantomSpec) -> list[Visit]:
-    """All visits. Within a split each finding is present in half of the first visits (rounded down)."""
+    """All visits. Within a split each finding and trait is present in half of the first visits."""
     visits, number = [], 0
     for index, (split, count) in enumerate(
         (("train", spec.num_train), ("val", spec.num_val), ("test", spec.num_test))
     ):
         random = np.random.RandomState([spec.seed, index])
-        present = {name: random.permutation(count) < (count + 1) // 2 for name in FINDINGS}
+        present = {name: random.permutation(count) < (count + 1) // 2 for name in FINDINGS + TRAITS}
         has_second = random.permutation(count) < int(count * spec.second_visit_fraction + 0.5)
         for patient in range(count):
             number += 1
             findings = {name: int(present[name][patient]) for name in FINDINGS}
+            traits = {name: int(present[name][patient]) for name in TRAITS}
             changes = random.randint(0, 10, len(FINDINGS)) < 3
             later = {
                 name: value ^ int(change)
@@ -83,6 +86,7 @@ def plan_visits(spec: PhantomSpec) -> list[Visit]:
                             split=split,
                             patient_seed=number,
                             findings=shown,
+                            traits=traits,
                         )
                     )
     return visits
@@ -100,7 +104,7 @@ class Phantom:
 def make_phantom(visit: Visit, seed: int) -> Phantom:
     """Draw, paint, blur and add noise; then store along axes that differ from scan to scan."""
     anatomy = np.random.RandomState([seed, visit.patient_seed])
-    patient = draw_patient(anatomy)
+    patient = draw_patient(anatomy, visit.traits)
     random = np.random.RandomState([seed, visit.patient_seed, visit.visit])
     in_plane_mm = float(random.randint(34, 44)) / 10
     slice_mm = float(random.randint(30, 51)) / 10
@@ -186,7 +190,7 @@ def _noisy(hu: np.ndarray, random: np.random.RandomState) -> np.ndarray:
 def _stored(
     hu: np.ndarray, labels: np.ndarray, spacing: tuple[float, ...], first_mm: list[float], orientation: str
 ) -> Phantom:
-    """Permute and flip [x, y, z] arrays (to left, back, head) into an orientation, with the matching affine."""
+    """Permute and flip [x, y, z] arrays (to left, back, head) into an orientation, with its affine."""
     world = {"L": (0, 1), "R": (0, -1), "P": (1, 1), "A": (1, -1), "S": (2, 1), "I": (2, -1)}
     order = [world[letter][0] for letter in orientation]
     signs = [world[letter][1] for letter in orientation]

@@ -43,8 +43,8 @@ class Source:
 def find_scans(folder: Path) -> list[Source]:
     """Every scan below ``folder``, sorted; hidden files and folders are passed over.
 
-    The id is the file name without its ending; where two have the same, the path within ``folder`` with ``_`` for
-    ``/``, and the ending too if that is not enough.
+    The id is the file name without its ending; where two have the same, the path within ``folder`` with ``_``
+    for ``/``, and the ending too if that is not enough.
 
     Raises:
         PhotonError: ``INPUT_MISSING`` when the folder is not there, ``ARCHIVE_EMPTY`` when it holds no scan.
@@ -79,12 +79,12 @@ def preprocess(
     """Turn every scan below ``input`` into ``output/<scan_id>.safetensors`` and list them in
     ``output/manifest.parquet``.
 
-    Scans whose source, spec and modality are unchanged and whose volume is whole are not done again. The result does
-    not depend on ``num_workers`` (None: one for each core).
+    Scans whose source, spec and modality are unchanged and whose volume is whole are not done again. The
+    result does not depend on ``num_workers`` (None: one for each core).
 
     Raises:
-        PhotonError: ``INPUT_MISSING``, ``ARCHIVE_EMPTY``, ``OUTPUT_UNWRITABLE`` or ``MODALITY_UNKNOWN``. What is wrong
-            with a single scan becomes the ``status`` of its row.
+        PhotonError: ``INPUT_MISSING``, ``ARCHIVE_EMPTY``, ``OUTPUT_UNWRITABLE`` or ``MODALITY_UNKNOWN``.
+            What is wrong with a single scan becomes the ``status`` of its row.
     """
     if modality not in ("auto", "ct", "mr"):
         raise PhotonError("MODALITY_UNKNOWN", modality, "it is not auto, ct or mr.", "Use one of these.")

@@ -1,7 +1,7 @@
 """Questions about scans: their file, and how they and their answers are computed from label maps.
 
-The four families are recognition, measurement, visual reasoning and medical reasoning. A question's text never depends
-on its answer.
+The four families are recognition, measurement, visual reasoning and medical reasoning. A question's text
+never depends on its answer.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def read_questions(path: Path) -> list[Question]:
     """Read questions in file order.
 
     Raises:
-        PhotonError: ``QUESTIONS_UNREADABLE`` when the file is missing, empty, has a line that is not a question or
-            gives one question_id twice.
+        PhotonError: ``QUESTIONS_UNREADABLE`` when the file is missing, empty, has a line that is not a
+            question or gives one question_id twice.
     """
     remedy = "See docs/architecture.md for the fields of a question."
     try:

@@ -1,12 +1,13 @@
 """The geometry of volumes: which grid a scan is put on, and the interpolation that puts it there.
 
-Convention ("centred"): the grid's centre is the centre of the scan's field of view, and grid index ``i`` of ``N`` falls
-on scan index ``(i - (N - 1) / 2) * target_mm / scan_mm + (n - 1) / 2`` of ``n``, after the scan's axes are flipped and
-permuted to [Z, Y, X] = [superior, posterior, left]. Points outside the field of view become ``pad_hu``; in its
-outermost half voxel the edge value holds. There is no smoothing before shrinking.
+Convention ("centred"): the grid's centre is the centre of the scan's field of view, and grid index ``i``
+of ``N`` falls on scan index ``(i - (N - 1) / 2) * target_mm / scan_mm + (n - 1) / 2`` of ``n``, after the
+scan's axes are flipped and permuted to [Z, Y, X] = [superior, posterior, left]. Points outside the field
+of view become ``pad_hu``; in its outermost half voxel the edge value holds. There is no smoothing before
+shrinking.
 
-Only element-wise arithmetic in a fixed order is used, no matrix product, so that the bytes are the same on every
-machine.
+Only element-wise arithmetic in a fixed order is used, no matrix product, so that the bytes are the same on
+every machine.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import hashlib
 import itertools
 import json
 import math
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 
@@ -26,7 +27,7 @@ PATCH = 14
 """Edge of a patch in voxels; in plane two patches are merged, so Y and X are multiples of 28."""
 
 ALIGNED_WITHIN_DEG = 0.25
-"""Scans tilted less than this are read along their own axes (0.8 mm at 180 mm from the centre); others voxel by voxel."""
+"""Scans tilted less than this are read along their own axes, at most 0.8 mm off 180 mm from the centre."""
 
 CANONICAL_TO_RAS = ((2, 1), (1, -1), (0, -1))
 """For grid axis Z, Y, X: the world (RAS) axis it runs along and its sign there."""
@@ -37,8 +38,8 @@ class VolumeSpec:
     """What every preprocessed volume looks like.
 
     Args:
-        spacing_mm: edge of a voxel, one number or (Z, Y, X); None stretches the scan's whole field of view onto
-            the grid, whatever its size.
+        spacing_mm: edge of a voxel, one number or (Z, Y, X); None stretches the scan's whole field of view
+            onto the grid, whatever its size.
         shape: voxels (Z, Y, X); Z a multiple of 14, Y and X of 28.
         window_hu: (low, high), values outside are clipped.
         pad_hu: value outside the scan, before clipping.
@@ -85,9 +86,8 @@ class VolumeSpec:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Self:
         """The spec that :meth:`as_dict` wrote."""
-        return cls(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
-        )
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+        return cls(**cast(Any, values))
 
     def digest(self) -> str:
         """Twelve hex digits that name this spec."""
@@ -217,8 +217,8 @@ def resample_linear(array: np.ndarray, affine: np.ndarray, spec: VolumeSpec) -> 
         affine: [4, 4], array index to world RAS millimetres.
 
     Returns:
-        float32 [Z, Y, X], unclipped, and bool [Z, Y, X]: True inside the scan's field of view. Outside it the values
-        mean nothing.
+        float32 [Z, Y, X], unclipped, and bool [Z, Y, X]: True inside the scan's field of view. Outside it the
+        values mean nothing.
     """
     frame = frame_of(array.shape, affine)
     if not is_aligned(frame, spec):
@@ -236,7 +236,8 @@ def resample_linear(array: np.ndarray, affine: np.ndarray, spec: VolumeSpec) -> 
 
 
 def resample_nearest(array: np.ndarray, affine: np.ndarray, spec: VolumeSpec) -> np.ndarray:
-    """Label map on the same grid as :func:`resample_linear`: nearest neighbour, 0 outside; array's dtype [Z, Y, X]."""
+    """Label map [Z, Y, X], same dtype, on the grid of :func:`resample_linear`: nearest neighbour, 0
+    outside."""
     frame = frame_of(array.shape, affine)
     if not is_aligned(frame, spec):
         out, is_inside = _resample_oblique(array, affine, frame, spec, is_nearest=True)

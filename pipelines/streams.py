@@ -1,7 +1,7 @@
 """Reading exactly the bytes a header promises, from a plain or a gzip file, and proving that they are whole.
 
-Readers that stop at the last voxel never reach gzip's checksum and accept most flipped bits; this one always reads to
-the end of the stream.
+Readers that stop at the last voxel never reach gzip's checksum and accept most flipped bits; this one always
+reads to the end of the stream.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class ScanStream:
     """Bytes of one scan file, in order. Use as a context manager.
 
     Raises:
-        PhotonError: from every method, ``SCAN_MISSING``, ``SCAN_UNREADABLE``, ``GZIP_CORRUPT`` or ``SCAN_TRUNCATED``.
+        PhotonError: from every method, ``SCAN_MISSING``, ``SCAN_UNREADABLE``, ``GZIP_CORRUPT`` or
+            ``SCAN_TRUNCATED``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,7 +35,7 @@ class ScanStream:
         self.is_gzip = path.name.lower().endswith(".gz")
         try:
             self.file_size = path.stat().st_size
-            self._stream = cast(BinaryIO, gzip.open(path) if self.is_gzip else path.open("rb"))
+            self._stream = cast(BinaryIO, gzip.open(path) if self.is_gzip else path.open("rb"))  # noqa: SIM115
         except FileNotFoundError as error:
             raise PhotonError("SCAN_MISSING", path, "the file does not exist.", "Check the path.") from error
         except OSError as error:
@@ -68,7 +69,8 @@ class ScanStream:
             num_bytes -= len(block)
 
     def read_array(self, dtype: np.dtype, num_items: int) -> np.ndarray:
-        """The next ``num_items`` values as [num_items]; memory is touched only as far as the file delivers."""
+        """The next ``num_items`` values as [num_items]; memory is touched only as far as the file
+        delivers."""
         needed = num_items * dtype.itemsize
         at_most = self.file_size * (MAX_GZIP_RATIO if self.is_gzip else 1)
         if needed > at_most:
@@ -76,7 +78,7 @@ class ScanStream:
                 f"the header declares {needed} bytes of voxels, the file can hold {at_most}."
             )
         array = np.empty(num_items, dtype)
-        target = memoryview(array.view(np.uint8)) if needed else memoryview(b"")
+        target = array.view(np.uint8)
         filled = 0
         while filled < needed:
             block = self._read(min(needed - filled, _BLOCK))
@@ -84,7 +86,7 @@ class ScanStream:
                 raise self._truncated(
                     f"the header declares {needed} bytes of voxels, the file holds {filled}."
                 )
-            target[filled : filled + len(block)] = block
+            target[filled : filled + len(block)] = np.frombuffer(block, np.uint8)
             filled += len(block)
         return array
 

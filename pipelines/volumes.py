@@ -7,6 +7,7 @@ A *scan* is what a file holds, in its own axes; a *volume* is int16 [Z, Y, X] on
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import io
 import json
@@ -21,7 +22,18 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from photon.errors import PhotonError
-from pipelines.files import atomic_path, file_digest, write_bytes
+from pipelines.files import file_digest, write_bytes
+from pipelines.nifti_header import (
+    EXPORT_AGAIN,
+    MAX_VOXELS,
+    checked_affine,
+    checked_scaling,
+    column_length,
+    declared_grid,
+    scaled,
+    unreadable,
+    voxel_offset,
+)
 from pipelines.resample import (
     VOLUME_SPECS,
     VolumeSpec,
@@ -36,22 +48,13 @@ from pipelines.streams import ScanStream
 
 __all__ = ["VOLUME_SPECS", "VolumeSpec"]
 
-MAX_VOXELS = 2**29
-"""Scans that declare more are refused before memory is taken (1024 x 1024 x 512)."""
-
-SPACING_RANGE_MM = (0.05, 20.0)
-MAX_SPACING_MISMATCH = 0.01
-MAX_SCALE = 1e6
-MAX_VALUE = 1e7
-MAX_VOX_OFFSET = 1 << 24
-CT_AIR_HU = -500
-CT_AIR_FRACTION = 0.002
+DARK_HU = -20
+DARK_FRACTION = 0.02
+MANY_GREYS = 128
 MR_PERCENTILES = (0.5, 99.5)
 METADATA_KEY = "photon"
 
 _HEADERS = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
-_REAL_KINDS = "iuf"
-_EXPORT_AGAIN = "Export the scan again from its source."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,11 +82,11 @@ class Volume:
     """A scan on the grid of a spec.
 
     Args:
-        voxels: int16 [Z, Y, X], clipped to the spec's window: HU for CT; for MR its percentiles 0.5 to 99.5 mapped
-            onto the window.
+        voxels: int16 [Z, Y, X], clipped to the spec's window: HU for CT; for MR its percentiles 0.5 to
+            99.5 are mapped onto the window.
         affine: float64 [4, 4], grid index (X, Y, Z) to world RAS millimetres.
-        metadata: JSON values: source_sha256, shape, spacing_mm and orientation of the scan, modality, modality_source,
-            min_hu and max_hu of the scan before clipping, notes.
+        metadata: JSON values: source_sha256, shape, spacing_mm and orientation of the scan, modality,
+            modality_source, min_hu and max_hu of the scan before clipping, notes.
     """
 
     voxels: np.ndarray
@@ -112,7 +115,8 @@ def read_scan(path: Path, max_voxels: int = MAX_VOXELS) -> Scan:
     Raises:
         PhotonError: ``SCAN_MISSING``, ``FORMAT_UNSUPPORTED``, ``SCAN_UNREADABLE``, ``GZIP_CORRUPT``,
             ``SCAN_TRUNCATED``, ``SCAN_TRAILING_DATA``, ``SCAN_TOO_LARGE``, ``SCAN_NOT_3D``, ``SCAN_RGB``,
-            ``SPACING_INVALID``, ``AFFINE_INVALID``, ``SCALING_INVALID``, ``VOXELS_NOT_FINITE`` or ``SCAN_CONSTANT``.
+            ``SPACING_INVALID``, ``AFFINE_INVALID``, ``SCALING_INVALID``, ``VOXELS_NOT_FINITE`` or
+            ``SCAN_CONSTANT``.
     """
     if not path.exists():
         raise PhotonError("SCAN_MISSING", path, "the file does not exist.", "Check the path.")
@@ -127,41 +131,33 @@ def read_scan(path: Path, max_voxels: int = MAX_VOXELS) -> Scan:
     notes: list[str] = []
     with ScanStream(path) as stream:
         header = _read_header(stream)
-        shape, dtype = _declared_grid(header, path, max_voxels)
-        affine = _checked_affine(header, path, notes)
-        slope, intercept = _checked_scaling(header, path, notes)
-        offset = float(header["vox_offset"])
-        start = int(header["sizeof_hdr"]) + 4
-        if not start <= offset <= MAX_VOX_OFFSET:
-            raise _unreadable(
-                path, f"its voxels start at byte {offset:g}, outside {start}..{MAX_VOX_OFFSET}."
-            )
-        stream.skip(int(offset) - start)
+        shape, dtype = declared_grid(header, path, max_voxels)
+        affine = checked_affine(header, path, notes)
+        slope, intercept = checked_scaling(header, path, notes)
+        stream.skip(voxel_offset(header, path) - int(header["sizeof_hdr"]) - 4)
         raw = stream.read_array(dtype, math.prod(shape))
         stream.finish()
+    if dtype.itemsize == 1 and np.count_nonzero(np.bincount(raw.view(np.uint8))) < MANY_GREYS:
+        notes.append("few 8-bit values: it may be a label map rather than a scan")
     return Scan(
-        array=_scaled(raw, slope, intercept, path).reshape(shape, order="F"),
+        array=scaled(raw, slope, intercept, path).reshape(shape, order="F"),
         affine=affine,
         path=path,
         sha256=file_digest(path),
-        spacing_mm=tuple(round(_length(affine[:3, axis]), 6) for axis in range(3)),
+        spacing_mm=tuple(round(column_length(affine, axis), 6) for axis in range(3)),
         orientation="".join(nibabel.aff2axcodes(affine)),
         notes=tuple(notes),
     )
 
 
 def write_scan(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
-    """Write integer voxels [i, j, k] as NIfTI-1 in millimetres; bytes depend on the content alone for ``.nii``."""
+    """Write voxels [i, j, k] as NIfTI-1 in millimetres; the bytes of ``.nii`` depend on the content alone."""
     image = nibabel.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
     image.set_sform(affine, code="scanner")
     image.set_qform(affine, code="scanner")
     content = image.to_bytes()
-    if path.name.endswith(".gz"):
-        with atomic_path(path) as temporary, temporary.open("wb") as stream:
-            stream.write(_gzip(content))
-    else:
-        write_bytes(path, content)
+    write_bytes(path, gzip.compress(content, mtime=0) if path.name.endswith(".gz") else content)
 
 
 def sample_scans() -> list[Path]:
@@ -181,8 +177,8 @@ def resample(scan: Scan, spec: VolumeSpec, modality: str = "auto") -> Volume:
     """Put a scan on the grid of ``spec``.
 
     Args:
-        modality: ``ct`` (values are HU), ``mr`` (values have no unit) or ``auto``, which takes a scan for CT when
-            part of it is as dark as air in HU.
+        modality: ``ct`` (values are HU), ``mr`` (values have no unit) or ``auto``: see
+            :func:`infer_modality`.
 
     Raises:
         PhotonError: ``MODALITY_UNKNOWN`` for another word, ``SCAN_CONSTANT`` for an MR scan without contrast.
@@ -226,9 +222,8 @@ def resample(scan: Scan, spec: VolumeSpec, modality: str = "auto") -> Volume:
 
 
 def infer_modality(array: np.ndarray) -> str:
-    """``ct`` when at least 0.2 % of the values are below -500, as air is in HU, else ``mr``."""
-    num_air = int(np.count_nonzero(array <= CT_AIR_HU))
-    return "ct" if num_air >= CT_AIR_FRACTION * array.size else "mr"
+    """``ct`` when at least 2 % of the values are below -20, as fat and air are in HU, else ``mr``."""
+    return "ct" if np.count_nonzero(array < DARK_HU) >= DARK_FRACTION * array.size else "mr"
 
 
 def resample_labels(path: Path, spec: VolumeSpec) -> np.ndarray:
@@ -276,8 +271,9 @@ def read_volume(path: Path, spec: VolumeSpec | None = None) -> Volume:
     """Read a volume and check its bytes.
 
     Raises:
-        PhotonError: ``VOLUME_MISSING``; ``VOLUME_CORRUPT`` when the file is not a volume or its voxels do not have
-            the recorded checksum; ``VOLUME_SPEC_MISMATCH`` when ``spec`` is given and the volume has another.
+        PhotonError: ``VOLUME_MISSING``; ``VOLUME_CORRUPT`` when the file is not a volume or its voxels do not
+            have the recorded checksum; ``VOLUME_SPEC_MISMATCH`` when ``spec`` is given and the volume has
+            another.
     """
     remedy = "Run `photon preprocess` again."
     try:
@@ -307,139 +303,24 @@ def _read_header(stream: ScanStream) -> Any:
     path = stream.path
     first = stream.read(4)
     if len(first) < 4:
-        raise PhotonError("SCAN_TRUNCATED", path, f"the file holds {len(first)} bytes.", _EXPORT_AGAIN)
+        raise PhotonError("SCAN_TRUNCATED", path, f"the file holds {len(first)} bytes.", EXPORT_AGAIN)
     sizes = {order: int.from_bytes(first, cast(Any, order)) for order in ("little", "big")}
     size = next((size for size in sizes.values() if size in _HEADERS), None)
     if size is None:
-        raise _unreadable(path, "it does not begin with a NIfTI header.")
+        raise unreadable(path, "it does not begin with a NIfTI header.")
     content = first + stream.read(size)
     if len(content) < size + 4:
-        raise PhotonError("SCAN_TRUNCATED", path, "the file ends inside its header.", _EXPORT_AGAIN)
+        raise PhotonError("SCAN_TRUNCATED", path, "the file ends inside its header.", EXPORT_AGAIN)
     header = _HEADERS[size].from_fileobj(io.BytesIO(content[:size]), check=False)
     magic = bytes(header["magic"].tobytes())[:4].rstrip(b"\x00")
     if magic not in (b"n+1", b"n+2"):
-        raise _unreadable(path, f"the magic in its header is {magic!r}; two-file NIfTI is not read.")
+        raise unreadable(path, f"the magic in its header is {magic!r}; two-file NIfTI is not read.")
     return header
-
-
-def _declared_grid(header: Any, path: Path, max_voxels: int) -> tuple[tuple[int, ...], np.dtype]:
-    """Array shape (i, j, k) and stored dtype, both checked before any voxel is read."""
-    dims = [int(n) for n in header["dim"]]
-    if not 1 <= dims[0] <= 7 or min(dims[1 : dims[0] + 1]) < 1:
-        raise _unreadable(path, f"the dimensions in its header are {dims}.")
-    shape = dims[1 : dims[0] + 1]
-    if len(shape) < 3 or min(shape[:3]) < 2 or max(shape[3:], default=1) > 1:
-        fact = f"it has shape {tuple(shape)}; one 3D image of at least two slices is needed."
-        raise PhotonError("SCAN_NOT_3D", path, fact, "Give one frame as a 3D scan.")
-    if math.prod(shape) > max_voxels:
-        fact = f"its header declares {math.prod(shape)} voxels, more than {max_voxels}."
-        raise PhotonError("SCAN_TOO_LARGE", path, fact, "Crop it or reduce its resolution.")
-    code = int(header["datatype"])
-    try:
-        dtype = header.get_data_dtype()
-    except (nibabel.spatialimages.HeaderDataError, KeyError) as error:
-        raise _unreadable(path, f"the datatype in its header is {code}.") from error
-    if dtype.names is not None:
-        raise PhotonError(
-            "SCAN_RGB", path, "its voxels are colours.", "Give the grey scan, not a picture of it."
-        )
-    if dtype.kind not in _REAL_KINDS or dtype.itemsize == 0 or dtype.itemsize > 8:
-        fact = f"its voxels are of type {dtype} (code {code})."
-        raise PhotonError("FORMAT_UNSUPPORTED", path, fact, "Store it as int16 or float32.")
-    return tuple(shape[:3]), dtype
-
-
-def _checked_affine(header: Any, path: Path, notes: list[str]) -> np.ndarray:
-    """Voxel-to-world matrix in mm, after the spacing and the matrix were held against each other."""
-    unit = int(header["xyzt_units"]) & 7
-    unit_mm = {1: 1000.0, 3: 0.001}.get(unit, 1.0)
-    pixdim = [float(value) * unit_mm for value in header["pixdim"][1:4]]
-    low, high = SPACING_RANGE_MM
-    if not all(low <= value <= high for value in pixdim):
-        fact = f"its voxel spacing is {tuple(pixdim)} mm; {low} to {high} is possible."
-        raise PhotonError("SPACING_INVALID", path, fact, _EXPORT_AGAIN)
-    try:
-        affine = np.array(header.get_best_affine(), np.float64)
-    except (ValueError, ArithmeticError) as error:
-        raise PhotonError(
-            "AFFINE_INVALID", path, f"its quaternion is wrong ({error}).", _EXPORT_AGAIN
-        ) from error
-    affine[:3] *= unit_mm
-    if unit_mm != 1.0:
-        notes.append(f"its unit is {unit_mm:g} mm")
-    if not np.isfinite(affine).all():
-        raise PhotonError("AFFINE_INVALID", path, "its matrix holds NaN or infinity.", _EXPORT_AGAIN)
-    lengths = [_length(affine[:3, axis]) for axis in range(3)]
-    if any(
-        abs(length - value) > MAX_SPACING_MISMATCH * value
-        for length, value in zip(lengths, pixdim, strict=True)
-    ):
-        shown = tuple(round(length, 4) for length in lengths)
-        fact = f"its matrix says {shown} mm a voxel, its spacing {tuple(round(v, 4) for v in pixdim)}."
-        raise PhotonError("AFFINE_INVALID", path, fact, _EXPORT_AGAIN)
-    a, b, c = (affine[:3, axis] / lengths[axis] for axis in range(3))
-    if abs(float(np.cross(a, b) @ c)) < 0.5:
-        raise PhotonError("AFFINE_INVALID", path, "its matrix is singular or sheared flat.", _EXPORT_AGAIN)
-    if int(header["sform_code"]) <= 0 and int(header["qform_code"]) <= 0:
-        notes.append(
-            "the header records no orientation: left and right are assumed as in Analyze files (LAS)"
-        )
-    return affine
-
-
-def _checked_scaling(header: Any, path: Path, notes: list[str]) -> tuple[float, float]:
-    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
-    if slope == 0:
-        if intercept != 0:
-            notes.append(f"slope is 0: intercept {intercept:g} is not applied, as NIfTI says")
-        return 1.0, 0.0
-    if not (1 / MAX_SCALE <= abs(slope) <= MAX_SCALE and abs(intercept) <= MAX_SCALE):
-        fact = f"its values are scaled by slope {slope:g} and intercept {intercept:g}."
-        raise PhotonError("SCALING_INVALID", path, fact, _EXPORT_AGAIN)
-    return slope, intercept
-
-
-def _scaled(raw: np.ndarray, slope: float, intercept: float, path: Path) -> np.ndarray:
-    """Values as int16 where they fit it exactly, else float32."""
-    if raw.dtype.kind == "f":
-        num_bad = raw.size - int(np.count_nonzero(np.isfinite(raw)))
-        if num_bad:
-            fact = f"{num_bad} of {raw.size} voxels are NaN or infinite."
-            raise PhotonError("VOXELS_NOT_FINITE", path, fact, _EXPORT_AGAIN)
-    low, high = float(raw.min()), float(raw.max())
-    if low == high:
-        raise PhotonError("SCAN_CONSTANT", path, f"every voxel is {low:g}.", _EXPORT_AGAIN)
-    ends = sorted((low * slope + intercept, high * slope + intercept))
-    if max(abs(ends[0]), abs(ends[1])) > MAX_VALUE:
-        fact = f"its values run from {ends[0]:g} to {ends[1]:g}."
-        raise PhotonError("SCALING_INVALID", path, fact, _EXPORT_AGAIN)
-    is_whole = raw.dtype.kind in "iu" and slope == 1.0 and intercept.is_integer()
-    if is_whole and ends[0] >= -32768 and ends[1] <= 32767:
-        if intercept == 0:
-            return raw.astype(np.int16, copy=False)
-        return (raw.astype(np.int32) + np.int32(intercept)).astype(np.int16)
-    if slope == 1.0 and intercept == 0.0:
-        return raw.astype(np.float32, copy=False)
-    return (raw.astype(np.float64) * slope + intercept).astype(np.float32)
 
 
 def _map_percentiles(values: np.ndarray, scan: Scan, spec: VolumeSpec) -> np.ndarray:
     first, last = (float(value) for value in np.percentile(scan.array, MR_PERCENTILES))
     if first == last:
-        raise PhotonError("SCAN_CONSTANT", scan.path, f"nearly every voxel is {first:g}.", _EXPORT_AGAIN)
+        raise PhotonError("SCAN_CONSTANT", scan.path, f"nearly every voxel is {first:g}.", EXPORT_AGAIN)
     low, high = spec.window_hu
     return (values - np.float32(first)) * np.float32((high - low) / (last - first)) + np.float32(low)
-
-
-def _gzip(content: bytes) -> bytes:
-    import gzip
-
-    return gzip.compress(content, 6, mtime=0)
-
-
-def _length(column: np.ndarray) -> float:
-    return math.sqrt(sum(float(value) ** 2 for value in column))
-
-
-def _unreadable(path: Path, fact: str) -> PhotonError:
-    return PhotonError("SCAN_UNREADABLE", path, fact, "Check that it is a NIfTI file.")
