@@ -1,0 +1,74 @@
+"""What every `photon` command shares: trackers, tables of results, and how they end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+from photon.errors import PhotonError
+
+if TYPE_CHECKING:
+    from pipelines.tracking import Tracker
+
+Preset = TypeVar("Preset")
+
+EXIT_OK, EXIT_ERROR, EXIT_FAULT, EXIT_SOME_FAILED = 0, 1, 2, 3
+"""0 all is well; 1 a coded error; 2 wrong usage or an unexpected fault; 3 done, but not for every scan."""
+
+
+@contextmanager
+def tracked(run_name: str, is_tracked: bool, data_version: str) -> Iterator[Tracker]:
+    """An MLflow run for the length of the block, or a tracker that forgets everything."""
+    from pipelines.tracking import NullTracker, open_store, tracked_run
+
+    if not is_tracked:
+        yield NullTracker()
+        return
+    with tracked_run(open_store(), run_name, tags={"data_version": data_version}) as tracker:
+        yield tracker
+
+
+def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table on standard output."""
+    table = Table(*header, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console(highlight=False, markup=False).print(table)
+
+
+def show_counts(title: str, counts: Mapping[str, int]) -> None:
+    """How many of each code, the most frequent first."""
+    rows = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    show_table(title, ("code", "number"), rows)
+
+
+def show_results(**places: object) -> None:
+    """One line a result: its name and its path or value."""
+    width = max(len(name) for name in places)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    for name, place in places.items():
+        console.print(f"{name.replace('_', ' '):{width}}  {place}")
+
+
+def choose(presets: Mapping[str, Preset], name: str) -> Preset:
+    """The preset of this name.
+
+    Raises:
+        PhotonError: ``PRESET_UNKNOWN``.
+    """
+    if name not in presets:
+        known = ", ".join(presets)
+        raise PhotonError("PRESET_UNKNOWN", name, "there is no such preset.", f"Choose one of: {known}.")
+    return presets[name]
+
+
+def rows_by_code(table: str) -> dict[str, int]:
+    """Rows of a table of scores: how many are ``ok``, how many have which error."""
+    import polars as pl
+
+    errors = pl.read_parquet(table, columns=["error"], glob=False)["error"].fill_null("ok")
+    return {row["error"]: row["count"] for row in errors.value_counts().iter_rows(named=True)}
