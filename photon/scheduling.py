@@ -49,7 +49,8 @@ class ThresholdPredictor(nn.Module):
 
     def forward(self, descriptor: Tensor) -> Tensor:
         """[B, 12] to [B]."""
-        logits = self.mlp(descriptor.to(self.mlp[0].weight.dtype)).float().squeeze(-1)
+        dtype = next(self.mlp.parameters()).dtype
+        logits = self.mlp(descriptor.to(dtype)).float().squeeze(-1)
         return self.config.threshold_scale * torch.sigmoid(logits)
 
 

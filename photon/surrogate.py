@@ -62,7 +62,9 @@ class _Pack(torch.autograd.Function):
         return grad_x, grad_p, None, None, None, None
 
 
-def probability_gradient(alignment: Tensor, magnitude: Tensor, p: Tensor, valid: Tensor, *, rule: str) -> Tensor:
+def probability_gradient(
+    alignment: Tensor, magnitude: Tensor, p: Tensor, valid: Tensor, *, rule: str
+) -> Tensor:
     """Gradient on the keep probabilities, float32 [B, N].
 
     With a_j = <x_j, g_j> standardised over the branch's visual tokens (biased, sigma floor 3e-3), clipped to

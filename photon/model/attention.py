@@ -120,6 +120,5 @@ class MaskedAttention:
             k, v = torch.cat([self.past_k, k]), torch.cat([self.past_v, v])
         share = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
-        heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]
-        out = F.scaled_dot_product_attention(*heads_first, attn_mask=self.mask)
-        return out[0].transpose(0, 1)
+        q, k, v = (rows.transpose(0, 1)[None] for rows in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)[0].transpose(0, 1)

@@ -105,7 +105,11 @@ class Photon(nn.Module):
             detach: bool [B] branches whose loss must not reach the keep probabilities.
             with_layers: also return every layer's keys and values in pruned order, for generation.
         """
-        last = self.config.num_hidden_layers if mode == "full" and not with_layers else self.config.pruning.layer + 1
+        last = (
+            self.config.num_hidden_layers
+            if mode == "full" and not with_layers
+            else self.config.pruning.layer + 1
+        )
         return self.run_branches(
             batch, self.encode_contexts(batch, last), mode, flip=flip, detach=detach, with_layers=with_layers
         )
@@ -121,7 +125,9 @@ class Photon(nn.Module):
     def run_contexts(self, x: Tensor, batch: PackedBatch, num_layers: int) -> ContextState:
         """The first ``num_layers`` decoder layers over embedded context rows [Tc, D]."""
         lengths = batch.context_lengths
-        attend = RaggedAttention.build(lengths, k_starts=starts_of(lengths), k_lengths=lengths, is_causal=True)
+        attend = RaggedAttention.build(
+            lengths, k_starts=starts_of(lengths), k_lengths=lengths, is_causal=True
+        )
         table = self.model.rotary(batch.context_positions)
         layers = []
         for layer in self.model.layers[:num_layers]:
@@ -247,5 +253,3 @@ def _kept(decision: Schedule | None, mode: Mode, flip: Tensor | None) -> Tensor 
 
 def _joined(shared: QueryKeyValue, own: QueryKeyValue, rows: Tensor) -> QueryKeyValue:
     return QueryKeyValue(*(torch.cat(pair).index_select(0, rows) for pair in zip(shared, own, strict=True)))
-
-

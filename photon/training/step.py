@@ -1,0 +1,101 @@
+"""One training step: the loss of a packed batch in a stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from photon import objectives
+from photon.model.network import Photon
+from photon.model.packing import PackedBatch
+from photon.training.stages import MODES, Stage
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """A packed batch and what is asked of each branch.
+
+    Attributes:
+        batch: contexts and branches.
+        is_perturbed: bool [B] branches on a spoilt scan (robustness objective).
+        is_flipped: bool [B] branches whose keep mask is inverted (flip objective).
+    """
+
+    batch: PackedBatch
+    is_perturbed: Tensor
+    is_flipped: Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Loss of a batch with its parts, for the log.
+
+    Attributes:
+        loss: scalar with gradient, the mean over branches.
+        answer_loss: mean cross-entropy of the undisturbed branches (0 when there is none).
+        band_loss: mean keep-band penalty.
+        kept_fraction: visual tokens kept (or their mean probability while soft) over all, 1 without pruning.
+        tokens_per_branch: rows of a branch after pruning, its share of a shared context included.
+        correct: fraction of undisturbed answer tokens whose likeliest token is right.
+    """
+
+    loss: Tensor
+    answer_loss: float
+    band_loss: float
+    kept_fraction: float
+    tokens_per_branch: float
+    correct: float
+
+
+def compute_loss(model: Photon, item: TrainingBatch, stage: Stage) -> StepResult:
+    """Loss of one packed batch: every branch counts the same, as if each were a batch of its own."""
+    batch = item.batch
+    num_branches = batch.branch_lengths.shape[0]
+    is_disturbed = item.is_perturbed | item.is_flipped
+    mode = MODES[stage]
+    flip = item.is_flipped if mode == "hard" else None
+    output = model(batch, mode, flip=flip, detach=is_disturbed)
+
+    rows, targets, branch = objectives.answer_targets(batch)
+    logits = model.logits(output.hidden[output.branch_rows[rows]]).float()
+    answer = objectives.answer_loss(logits, targets)
+    per_target = torch.where(item.is_perturbed[branch], objectives.entropy_loss(logits), answer)
+    if flip is not None:
+        per_target = torch.where(flip[branch], objectives.flip_loss(logits, targets), per_target)
+    loss = objectives.mean_by_branch(per_target, branch, num_branches).mean()
+
+    band = loss.new_zeros(())
+    if mode != "full" and output.schedule is not None:
+        outside = objectives.keep_band_loss(output.schedule, model.config.pruning.keep_band)
+        band = torch.where(is_disturbed, 0.0, outside).mean()
+        loss = loss + band
+    is_plain = ~is_disturbed[branch]
+    hits = (logits.argmax(-1) == targets)[is_plain].float()
+    return StepResult(
+        loss=loss,
+        answer_loss=float(answer.detach()[is_plain].mean()) if bool(is_plain.any()) else 0.0,
+        band_loss=float(band.detach()),
+        kept_fraction=_kept_fraction(output.schedule, mode),
+        tokens_per_branch=_tokens_per_branch(batch, output.selection),
+        correct=float(hits.mean()) if hits.numel() else 0.0,
+    )
+
+
+def _kept_fraction(schedule: object, mode: str) -> float:
+    from photon.scheduling import Schedule
+
+    if not isinstance(schedule, Schedule) or mode == "full":
+        return 1.0
+    kept = schedule.keep if mode == "hard" else schedule.p.detach()
+    return float(kept[schedule.valid].float().mean())
+
+
+def _tokens_per_branch(batch: PackedBatch, selection: object) -> float:
+    from photon.model.selection import Selection
+
+    if isinstance(selection, Selection):
+        return float(selection.lengths.float().mean())
+    rows = batch.context_ids.shape[0] + batch.branch_ids.shape[0]
+    return rows / batch.branch_lengths.shape[0]

@@ -1,0 +1,174 @@
+"""Preprocessed volumes and questions as packed training batches, drawn from the seed and the step alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from photon.config import PhotonConfig
+from photon.errors import PhotonError
+from photon.grid import Grid, patchify
+from photon.model.packing import IGNORE_INDEX, Branch, Context, pack_batch
+from photon.training.perturb import draw_kind, perturb
+from photon.training.step import TrainingBatch
+from pipelines.manifest import read_manifest
+from pipelines.questions import Question, read_questions
+from pipelines.text import Prompter
+from pipelines.volumes import Volume, normalise, read_volume
+
+
+@dataclass(frozen=True)
+class LabelledScan:
+    """A preprocessed scan and the questions asked about it."""
+
+    volume: Volume
+    questions: tuple[Question, ...]
+
+
+def read_split(data: Path, split: str) -> list[LabelledScan]:
+    """Read the scans of a split from a data folder, in order of their ids.
+
+    Raises:
+        PhotonError: ``SPLIT_EMPTY`` when no preprocessed scan has questions in this split; whatever reading
+            the manifest, a volume or the questions raises.
+    """
+    by_scan: dict[str, list[Question]] = defaultdict(list)
+    for question in read_questions(data / "questions.jsonl"):
+        if question.split == split:
+            by_scan[question.scan_id].append(question)
+    scans = []
+    for row in read_manifest(data / "volumes").filter(status="ok").iter_rows(named=True):
+        if questions := by_scan.get(row["scan_id"]):
+            volume = read_volume(data / "volumes" / row["volume"])
+            scans.append(LabelledScan(volume, tuple(questions)))
+    if not scans:
+        raise PhotonError(
+            "SPLIT_EMPTY",
+            data,
+            f"no preprocessed scan has questions in the split {split!r}.",
+            "Preprocess the scans of this data folder first, and check the split names in questions.jsonl.",
+        )
+    return scans
+
+
+def volume_patches(volume: Volume, config: PhotonConfig) -> tuple[Tensor, Grid]:
+    """Patches [P, 14*14*14] in [0, 1] of a preprocessed volume, and its grid."""
+    voxels = torch.from_numpy(normalise(volume.voxels, volume.spec.window_hu))
+    return patchify(voxels, config.vision)
+
+
+def scan_context(volume: Volume, prompter: Prompter, config: PhotonConfig) -> Context:
+    """The shared prefix of every prompt about a scan."""
+    patches, grid = volume_patches(volume, config)
+    return context_of(patches, grid, prompter, config)
+
+
+def context_of(patches: Tensor, grid: Grid, prompter: Prompter, config: PhotonConfig) -> Context:
+    """The shared prefix of every prompt about patches of one volume."""
+    num_tokens = patches.shape[0] // config.vision.spatial_merge_size**2
+    return Context(prompter.context_ids([num_tokens]), patches, (grid,))
+
+
+def empty_context(config: PhotonConfig) -> Context:
+    """The context of a text-only prompt."""
+    return Context(torch.zeros(0, dtype=torch.long), torch.zeros(0, config.vision.patch_voxels), ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """How batches are drawn.
+
+    Attributes:
+        scans_per_step, questions_per_scan: size of a batch.
+        max_shift: voxels along z, y, x by which a volume may move, as if the patient lay elsewhere.
+        robust_probability: odds that a scan is spoilt (robustness objective).
+        flip_probability: odds that a branch's keep mask is inverted while flips are on.
+    """
+
+    scans_per_step: int
+    questions_per_scan: int
+    max_shift: tuple[int, int, int]
+    robust_probability: float
+    flip_probability: float
+
+
+class BatchSource:
+    """Training batches of a split. Batch ``step`` depends on the seed and the step, so resuming needs no state."""
+
+    def __init__(
+        self, scans: Sequence[LabelledScan], prompter: Prompter, config: PhotonConfig, draw: Draw, seed: int
+    ) -> None:
+        self.scans, self.prompter, self.config, self.draw, self.seed = scans, prompter, config, draw, seed
+        self._branches = [[self._branch_tokens(q, True) for q in scan.questions] for scan in scans]
+        self._blind = [[self._branch_tokens(q, False) for q in scan.questions] for scan in scans]
+
+    def batch(self, step: int, with_flips: bool) -> TrainingBatch:
+        """Batch of scans with their questions."""
+        generator = self._generator(step)
+        contexts, branches, spoilt = [], [], []
+        for place, index in enumerate(self._scan_order(step)):
+            patches, grid = self._patches(index, generator)
+            is_spoilt = float(torch.rand((), generator=generator)) < self.draw.robust_probability
+            if is_spoilt:
+                patches = perturb(patches, draw_kind(generator), generator)
+            contexts.append(context_of(patches, grid, self.prompter, self.config))
+            for tokens in self._drawn(self._branches[index], generator):
+                branches.append(Branch(place, *tokens))
+                spoilt.append(is_spoilt)
+        is_perturbed = torch.tensor(spoilt)
+        odds = self.draw.flip_probability if with_flips else 0.0
+        is_flipped = (torch.rand(len(branches), generator=generator) < odds) & ~is_perturbed
+        return TrainingBatch(pack_batch(contexts, branches, self.config), is_perturbed, is_flipped)
+
+    def blind_batch(self, step: int) -> TrainingBatch:
+        """The same questions without their scans."""
+        generator = self._generator(step)
+        drawn = [t for index in self._scan_order(step) for t in self._drawn(self._blind[index], generator)]
+        branches = [Branch(0, *tokens) for tokens in drawn]
+        packed = pack_batch([empty_context(self.config)], branches, self.config)
+        nothing = torch.zeros(len(branches), dtype=torch.bool)
+        return TrainingBatch(packed, nothing, nothing)
+
+    def _generator(self, step: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+
+    def _scan_order(self, step: int) -> list[int]:
+        """Scans of a step: an epoch visits every scan once, in an order of its own."""
+        per_epoch = max(len(self.scans) // self.draw.scans_per_step, 1)
+        epoch, place = divmod(step, per_epoch)
+        shuffler = torch.Generator().manual_seed(self.seed * 7_919 + epoch)
+        order = torch.randperm(len(self.scans), generator=shuffler).tolist()
+        return order[place * self.draw.scans_per_step :][: self.draw.scans_per_step]
+
+    def _drawn(
+        self, branches: list[tuple[Tensor, Tensor]], generator: torch.Generator
+    ) -> list[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(branches), generator=generator)[: self.draw.questions_per_scan]
+        return [branches[i] for i in order.tolist()]
+
+    def _patches(self, index: int, generator: torch.Generator) -> tuple[Tensor, Grid]:
+        volume = self.scans[index].volume
+        limits = torch.tensor(self.draw.max_shift)
+        shift = (torch.rand(3, generator=generator) * (2 * limits + 1)).long() - limits
+        moved = shifted(volume.voxels, tuple(shift.tolist()), volume.spec.window_hu[0])
+        return patchify(torch.from_numpy(normalise(moved, volume.spec.window_hu)), self.config.vision)
+
+    def _branch_tokens(self, question: Question, has_volume: bool) -> tuple[Tensor, Tensor]:
+        asked = self.prompter.branch_ids(question.question, has_volume=has_volume)
+        answer = self.prompter.answer_ids(question.answer)
+        return torch.cat([asked, answer]), torch.cat([torch.full_like(asked, IGNORE_INDEX), answer])
+
+
+def shifted(voxels: np.ndarray, shift: tuple[int, ...], fill: int) -> np.ndarray:
+    """Move a volume [Z, Y, X] by whole voxels, filling what comes in from outside."""
+    out = np.full_like(voxels, fill)
+    target = tuple(slice(max(s, 0), size + min(s, 0)) for s, size in zip(shift, voxels.shape, strict=True))
+    source = tuple(slice(max(-s, 0), size + min(-s, 0)) for s, size in zip(shift, voxels.shape, strict=True))
+    out[target] = voxels[source]
+    return out

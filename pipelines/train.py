@@ -1,0 +1,293 @@
+"""The train stage: Photon through its stages, and the text-only baseline, on a preprocessed data folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from photon import objectives
+from photon.checkpoint import replace_folder, write_model
+from photon.config import PhotonConfig, tiny
+from photon.errors import PhotonError
+from photon.model.network import Photon
+from photon.training.loop import OptimiserConfig, StepReport, Trainer
+from photon.training.stages import MODES, Stage, StageSchedule
+from pipelines.dataset import BatchSource, Draw, LabelledScan, read_split
+from pipelines.files import prepare_output_folder, write_json
+from pipelines.results import TrainRecord
+from pipelines.text import TOKENIZER, Prompter, build_tokenizer
+from pipelines.tracking import NullTracker, Tracker
+
+PROVENANCE = "provenance.json"
+Progress = Callable[[int, int, str], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+    """Everything that decides a training run, the data aside."""
+
+    seed: int = 0
+    schedule: StageSchedule
+    optimiser: OptimiserConfig
+    draw: Draw
+    """Batches before pruning begins, while contexts are shared through every layer."""
+    pruned_draw: Draw
+    """Batches of the soft and hard stages, where every branch carries its own visual rows."""
+    blind_steps: int
+    """Steps of the text-only baseline."""
+    validate_every: int = 50
+    save_every: int = 50
+
+    @classmethod
+    def preset(cls, name: str, *, seed: int = 0) -> Self:
+        """The settings of a preset.
+
+        Raises:
+            PhotonError: ``PRESET_UNKNOWN``.
+        """
+        if name not in _PRESETS:
+            known = ", ".join(_PRESETS)
+            raise PhotonError(
+                "PRESET_UNKNOWN", name, "there is no such training preset.", f"Choose one of: {known}."
+            )
+        return cls(**_PRESETS[name] | {"seed": seed})
+
+    def digest(self) -> str:
+        """Twelve hex digits that name these settings."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+
+_OPTIMISER = OptimiserConfig(
+    learning_rate=3e-3, vision_learning_rate=3e-3, alignment_learning_rate=3e-4, weight_decay=0.05
+)
+_DRAW = Draw(
+    scans_per_step=12,
+    questions_per_scan=16,
+    max_shift=(6, 6, 6),
+    robust_probability=0.0,
+    flip_probability=0.0,
+)
+_PRUNED_DRAW = dataclasses.replace(
+    _DRAW, scans_per_step=8, questions_per_scan=8, robust_probability=0.15, flip_probability=0.05
+)
+_DEMO: dict[str, Any] = {
+    "schedule": StageSchedule(alignment=10, warm_up=360, soft=30, hard=60, flip_after=15),
+    "optimiser": _OPTIMISER,
+    "draw": _DRAW,
+    "pruned_draw": _PRUNED_DRAW,
+    "blind_steps": 100,
+}
+_SMOKE: dict[str, Any] = {
+    "schedule": StageSchedule(alignment=1, warm_up=4, soft=2, hard=3, flip_after=1),
+    "optimiser": _OPTIMISER,
+    "draw": dataclasses.replace(_DRAW, scans_per_step=4, questions_per_scan=8),
+    "pruned_draw": dataclasses.replace(_PRUNED_DRAW, scans_per_step=2, questions_per_scan=4),
+    "blind_steps": 6,
+    "validate_every": 5,
+    "save_every": 5,
+}
+_PRESETS = {"demo": _DEMO, "smoke": _SMOKE}
+
+
+def train(
+    spec: TrainSpec,
+    data: Path,
+    output: Path,
+    *,
+    data_version: str,
+    tracker: Tracker | None = None,
+    on_progress: Progress | None = None,
+) -> TrainRecord:
+    """Train Photon and its blind baseline; an interrupted run continues where it stopped.
+
+    Writes ``checkpoint/`` and ``blind/`` (weights, config.json, tokenizer.json, provenance.json), ``history.jsonl``
+    with one row a step, the resumable ``state/`` and ``blind_state/``, and ``record.json``.
+
+    Args:
+        data: folder with ``volumes/`` and ``questions.jsonl``.
+        output: folder of the run; a run with other settings or data is refused, not overwritten.
+        data_version: version of ``data``, part of the run's identity.
+
+    Raises:
+        PhotonError: ``OUTPUT_UNWRITABLE``, ``SPLIT_EMPTY``, ``CHECKPOINT_MISMATCH``, ``TRAINING_DIVERGED`` and
+            whatever reading the data raises.
+    """
+    started = time.perf_counter()
+    prepare_output_folder(output)
+    tracker = tracker or NullTracker()
+    scans, validation = read_split(data, "train"), read_split(data, "val")
+    prompter = Prompter(build_tokenizer(_texts(scans)))
+    config = tiny(prompter.vocab_size, special_ids=prompter.special_ids)
+    tracker.log_hyperparameters(
+        {**dataclasses.asdict(spec), "model": config.to_hf(), "data_version": data_version}
+    )
+    run = _Run(spec, config, prompter, scans, validation, output, tracker, on_progress, data_version)
+    model = run.train_model()
+    blind = run.train_blind()
+    volume_spec = scans[0].volume.spec.as_dict()
+    for name, trained in (("checkpoint", model), ("blind", blind)):
+        _write_checkpoint(trained, prompter, output / name, volume_spec, data_version)
+    history = _read_history(run.history)
+    record = TrainRecord(
+        checkpoint=str(output / "checkpoint"),
+        blind_checkpoint=str(output / "blind"),
+        history=str(run.history),
+        num_steps=spec.schedule.num_steps,
+        elapsed_s=time.perf_counter() - started,
+        final_loss=float(history[-1]["answer_loss"]),
+        kept_fraction=float(history[-1]["kept_fraction"]),
+        config_digest=config.digest(),
+        data_version=data_version,
+    )
+    record.write(output / "record.json")
+    tracker.log_summary({"final_loss": record.final_loss, "train_elapsed_s": record.elapsed_s})
+    tracker.log_artifact(run.history)
+    tracker.log_artifact(output / "checkpoint")
+    return record
+
+
+@dataclasses.dataclass
+class _Run:
+    spec: TrainSpec
+    config: PhotonConfig
+    prompter: Prompter
+    scans: Sequence[LabelledScan]
+    validation: Sequence[LabelledScan]
+    output: Path
+    tracker: Tracker
+    on_progress: Progress | None
+    data_version: str
+
+    @property
+    def history(self) -> Path:
+        """One JSON row a step."""
+        return self.output / "history.jsonl"
+
+    def train_model(self) -> Photon:
+        """Photon through all its stages."""
+        sources = {
+            is_pruned: BatchSource(self.scans, self.prompter, self.config, draw, self.spec.seed)
+            for is_pruned, draw in ((False, self.spec.draw), (True, self.spec.pruned_draw))
+        }
+        checks = BatchSource(
+            self.validation, self.prompter, self.config, _whole(self.validation), self.spec.seed
+        )
+        trainer = self._trainer("state", self.spec.schedule)
+        _truncate_history(self.history, trainer.num_steps_done)
+
+        def on_step(report: StepReport) -> None:
+            row = _history_row(report)
+            self.tracker.log({k: v for k, v in row.items() if isinstance(v, float)}, step=report.step)
+            is_last = report.step + 1 == self.spec.schedule.num_steps
+            if is_last or (report.step + 1) % self.spec.validate_every == 0:
+                row["validation_accuracy"] = validate(trainer.model, checks, report.stage)
+                self.tracker.log({"validation_accuracy": float(row["validation_accuracy"])}, step=report.step)
+            with self.history.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row) + "\n")
+            self._tell(report, f"{report.stage}, loss {report.result.answer_loss:.2f}")
+
+        def batch_at(step: int, with_flips: bool):  # type: ignore[no-untyped-def]
+            is_pruned = MODES[self.spec.schedule.stage_at(step)] != "full"
+            return sources[is_pruned].batch(step, with_flips)
+
+        trainer.run(batch_at, on_step=on_step, save_to=self.output / "state", save_every=self.spec.save_every)
+        return trainer.model.eval()
+
+    def train_blind(self) -> Photon:
+        """The same decoder on the same questions without any scan."""
+        source = BatchSource(self.scans, self.prompter, self.config, self.spec.draw, self.spec.seed)
+        schedule = StageSchedule(alignment=0, warm_up=self.spec.blind_steps, soft=0, hard=0, flip_after=0)
+        trainer = self._trainer("blind_state", schedule)
+        trainer.run(
+            lambda step, _: source.blind_batch(step),
+            on_step=lambda report: self._tell(report, "text-only baseline"),
+            save_to=self.output / "blind_state",
+            save_every=self.spec.save_every,
+        )
+        return trainer.model.eval()
+
+    def _trainer(self, state: str, schedule: StageSchedule) -> Trainer:
+        identity = f"{self.spec.digest()} {self.config.digest()} {self.data_version} {state}"
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        model = Photon(self.config).initialise(self.spec.seed)
+        trainer = Trainer(model, schedule, self.spec.optimiser, run_digest=digest)
+        trainer.restore(self.output / state)
+        return trainer
+
+    def _tell(self, report: StepReport, label: str) -> None:
+        if self.on_progress:
+            is_blind = label == "text-only baseline"
+            before = self.spec.schedule.num_steps if is_blind else 0
+            total = self.spec.schedule.num_steps + self.spec.blind_steps
+            self.on_progress(before + report.step + 1, total, label)
+
+
+@torch.no_grad()
+def validate(model: Photon, source: BatchSource, stage: Stage) -> float:
+    """Share of validation questions whose every answer token is predicted right, pruned as in ``stage``."""
+    item = source.batch(0, False)
+    mode = "full" if MODES[stage] == "full" else "hard"
+    output = model(item.batch, mode)
+    rows, targets, branch = objectives.answer_targets(item.batch)
+    is_right = model.logits(output.hidden[output.branch_rows[rows]]).argmax(-1) == targets
+    all_right = torch.ones(item.batch.branch_lengths.shape[0])
+    return float(all_right.scatter_reduce(0, branch, is_right.float(), "amin").mean())
+
+
+def _whole(scans: Sequence[LabelledScan]) -> Draw:
+    """Every question of every scan, undisturbed."""
+    return Draw(
+        scans_per_step=len(scans),
+        questions_per_scan=max(len(scan.questions) for scan in scans),
+        max_shift=(0, 0, 0),
+        robust_probability=0.0,
+        flip_probability=0.0,
+    )
+
+
+def _texts(scans: Sequence[LabelledScan]) -> list[str]:
+    return [text for scan in scans for q in scan.questions for text in (q.question, q.answer)]
+
+
+def _history_row(report: StepReport) -> dict[str, float | int | str]:
+    return {
+        "step": report.step,
+        "stage": report.stage,
+        "loss": float(report.result.loss.detach()),
+        "answer_loss": report.result.answer_loss,
+        "band_loss": report.result.band_loss,
+        "kept_fraction": report.result.kept_fraction,
+        "tokens_per_sample": report.result.tokens_per_branch,
+        "answer_token_accuracy": report.result.correct,
+        "learning_rate": report.learning_rate,
+        "grad_norm": report.grad_norm,
+        "elapsed_s": report.elapsed_s,
+    }
+
+
+def _read_history(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _truncate_history(path: Path, num_steps: int) -> None:
+    """Drop rows of steps that were done after the state a resumed run continues from."""
+    lines = path.read_text(encoding="utf-8").splitlines()[:num_steps] if path.exists() else []
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _write_checkpoint(
+    model: Photon, prompter: Prompter, folder: Path, volume_spec: dict[str, object], data_version: str
+) -> None:
+    def build(temporary: Path) -> None:
+        write_model(model, temporary)
+        prompter.write(temporary / TOKENIZER)
+        write_json(temporary / PROVENANCE, {"volume_spec": volume_spec, "data_version": data_version})
+
+    replace_folder(folder, build)
