@@ -7,6 +7,7 @@ every flow module call :func:`apply` before they import any of them. What the us
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import time
@@ -119,3 +120,17 @@ def _stop_abandoned_servers(folder: Path) -> None:
             if is_process_alive(content["server"]):
                 os.kill(int(note.stem), signal.SIGTERM)
             note.unlink(missing_ok=True)
+
+
+@contextmanager
+def quiet_flow_errors() -> Iterator[None]:
+    """Keep Prefect from printing a traceback for each flow an error passes; the caller tells it once."""
+    loggers = [logging.getLogger(name) for name in ("prefect.flow_runs", "prefect.task_runs")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

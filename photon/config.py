@@ -95,22 +95,16 @@ class PhotonConfig:
 
     def __post_init__(self) -> None:
         def refuse(fact: str) -> None:
-            raise PhotonError(
-                "CONFIG_INVALID", "config.json", fact, "Use a configuration that fits together."
-            )
+            raise PhotonError("CONFIG_INVALID", "config.json", fact, "Use a configuration that fits together.")
 
         if self.hidden_size % self.num_attention_heads:
             refuse(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads.")
         if self.num_attention_heads % self.num_key_value_heads:
-            refuse(
-                f"{self.num_attention_heads} heads do not share {self.num_key_value_heads} key/value heads."
-            )
+            refuse(f"{self.num_attention_heads} heads do not share {self.num_key_value_heads} key/value heads.")
         if sum(self.mrope_section) * 2 != self.head_dim:
             refuse(f"mrope_section {self.mrope_section} does not sum to half the head width {self.head_dim}.")
         if self.vision.out_hidden_size != self.hidden_size:
-            refuse(
-                f"the vision tower gives {self.vision.out_hidden_size} numbers a token, not {self.hidden_size}."
-            )
+            refuse(f"the vision tower gives {self.vision.out_hidden_size} numbers a token, not {self.hidden_size}.")
         if not 0 <= self.pruning.layer < self.num_hidden_layers:
             refuse(f"pruning layer {self.pruning.layer} is not one of {self.num_hidden_layers} layers.")
         if self.pruning.sgp_rule not in SGP_RULES:

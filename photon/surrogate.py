@@ -39,9 +39,7 @@ def pack(x: Tensor, p: Tensor, rows: Tensor, slots: Tensor, valid: Tensor, *, ru
 
 class _Pack(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, p: Tensor, rows: Tensor, slots: Tensor, valid: Tensor, rule: str
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, p: Tensor, rows: Tensor, slots: Tensor, valid: Tensor, rule: str) -> Tensor:
         y = x.index_select(0, rows)
         ctx.save_for_backward(y, p, rows, slots, valid)
         ctx.num_rows, ctx.rule = x.shape[0], rule
@@ -62,9 +60,7 @@ class _Pack(torch.autograd.Function):
         return grad_x, grad_p, None, None, None, None
 
 
-def probability_gradient(
-    alignment: Tensor, magnitude: Tensor, p: Tensor, valid: Tensor, *, rule: str
-) -> Tensor:
+def probability_gradient(alignment: Tensor, magnitude: Tensor, p: Tensor, valid: Tensor, *, rule: str) -> Tensor:
     """Gradient on the keep probabilities, float32 [B, N].
 
     With a_j = <x_j, g_j> standardised over the branch's visual tokens (biased, sigma floor 3e-3), clipped to

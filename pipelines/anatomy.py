@@ -121,7 +121,7 @@ def draw_patient(random: np.random.RandomState, traits: Mapping[str, int]) -> Pa
         "fat": -95 + int(random.randint(-8, 9)),
     }
     return Patient(
-        body_mm=(between(148, 164), between(106, 120)),
+        body_mm=(between(146, 157), between(104, 118)),
         fat_mm=between(8, 16),
         shift_mm=(between(-5, 5), between(-5, 5), between(-8, 8)),
         scale=scale,

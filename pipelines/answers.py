@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import polars as pl
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 POLICIES = ("photon", "all_tokens", "blind", "majority")
 """How an answer came about: with pruning, with every visual token, without the scan, without a model."""
 
-ANSWER_SCHEMA = {
+ANSWER_SCHEMA: dict[str, Any] = {
     "policy": pl.String,
     "question_id": pl.String,
     "scan_id": pl.String,

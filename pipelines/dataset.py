@@ -17,7 +17,7 @@ from photon.grid import Grid, patchify
 from photon.model.packing import IGNORE_INDEX, Branch, Context, pack_batch
 from photon.training.perturb import draw_kind, perturb
 from photon.training.step import TrainingBatch
-from pipelines.manifest import read_manifest
+from pipelines.manifest import MANIFEST_NAME, read_manifest
 from pipelines.questions import Question, read_questions
 from pipelines.text import Prompter
 from pipelines.volumes import Volume, normalise, read_volume
@@ -43,7 +43,7 @@ def read_split(data: Path, split: str) -> list[LabelledScan]:
         if question.split == split:
             by_scan[question.scan_id].append(question)
     scans = []
-    for row in read_manifest(data / "volumes").filter(status="ok").iter_rows(named=True):
+    for row in read_manifest(data / "volumes" / MANIFEST_NAME).filter(status="ok").iter_rows(named=True):
         if questions := by_scan.get(row["scan_id"]):
             volume = read_volume(data / "volumes" / row["volume"])
             scans.append(LabelledScan(volume, tuple(questions)))
@@ -146,9 +146,7 @@ class BatchSource:
         order = torch.randperm(len(self.scans), generator=shuffler).tolist()
         return order[place * self.draw.scans_per_step :][: self.draw.scans_per_step]
 
-    def _drawn(
-        self, branches: list[tuple[Tensor, Tensor]], generator: torch.Generator
-    ) -> list[tuple[Tensor, Tensor]]:
+    def _drawn(self, branches: list[tuple[Tensor, Tensor]], generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(branches), generator=generator)[: self.draw.questions_per_scan]
         return [branches[i] for i in order.tolist()]
 

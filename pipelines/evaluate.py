@@ -75,7 +75,7 @@ def evaluate(
         raise PhotonError(
             "SPLIT_EMPTY",
             data,
-            f"no accepted scan has questions in split {split!r} ({len(in_split)} questions; splits: {known}).",
+            f"no accepted scan has questions in split {split!r} ({len(in_split)} questions; known: {known}).",
             "Choose a split that has questions, and preprocess its scans first.",
         )
     open_answerer = open_answerer or _open_torch_answerer

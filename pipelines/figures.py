@@ -35,7 +35,7 @@ LABELS = {
     "blind": "Blind (text only)",
     "majority": "Majority",
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 9.5,
     "text.color": INK,
@@ -52,11 +52,12 @@ STYLE = {
     "legend.frameon": False,
 }
 PAGE_WIDTH_IN = 10.0
+MAX_RAW_POINTS = 400
 PICTURE_PLANE_IN = 3.2
 
 
 def training_curves(history: Sequence[Mapping[str, Any]]) -> bytes:
-    """Loss, kept fraction and validation accuracy over training steps, with the stages marked, as SVG.
+    """Loss, kept fraction and validation accuracy over training steps, with the stages numbered, as SVG.
 
     Args:
         history: rows with ``step`` and ``stage`` and any of ``loss``, ``answer_loss``, ``kept_fraction`` and
@@ -81,6 +82,16 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> bytes:
                 _draw_curve(axes, *_curve(history, name), colour=colour, label=label)
             _finish_curve_axes(axes, title, history, is_share=title != "Loss")
         return _svg(figure)
+
+
+def stage_starts(history: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
+    """The first step of every stage, in order; :func:`training_curves` numbers them from 1."""
+    starts: list[tuple[int, str]] = []
+    for row in history:
+        stage = str(row.get("stage", ""))
+        if stage and (not starts or starts[-1][1] != stage):
+            starts.append((row["step"], stage))
+    return starts
 
 
 def accuracy_intervals(groups: Mapping[str, Mapping[str, Score]]) -> bytes:
@@ -153,12 +164,17 @@ def kept_histograms(fractions: Mapping[str, Sequence[float]]) -> bytes:
         return _svg(figure)
 
 
-def planes_picture(planes: Sequence[Plane]) -> bytes:
-    """Slices side by side at one scale in mm, with the patient's directions written at the edges, as PNG."""
+def planes_picture(planes: Sequence[Plane], plane_in: float = PICTURE_PLANE_IN) -> bytes:
+    """Slices side by side at one scale in mm, with the patient's directions written at the edges, as PNG.
+
+    Args:
+        planes: of :func:`pipelines.slices.make_planes`.
+        plane_in: mean width of a plane in inches of 100 pixels.
+    """
     gap_mm = 0.02 * sum(plane.width_mm for plane in planes)
     width_mm = sum(plane.width_mm for plane in planes) + gap_mm * (len(planes) - 1)
     height_mm = max(plane.height_mm for plane in planes)
-    width_in = PICTURE_PLANE_IN * len(planes)
+    width_in = plane_in * len(planes)
     with matplotlib.rc_context({**STYLE, "font.size": 8.5}):
         figure = Figure(figsize=(width_in, width_in * height_mm / width_mm), facecolor="black")
         left = 0.0
@@ -195,10 +211,11 @@ def _draw_curve(axes: Axes, steps: Array, values: Array, *, colour: str, label: 
         marker = "o" if len(values) < 40 else ""
         axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=3.5, label=label)
         return
-    axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3)
+    thin = max(1, len(values) // MAX_RAW_POINTS)
+    axes.plot(steps[::thin], values[::thin], color=colour, linewidth=0.6, alpha=0.3)
     edges = np.pad(values, (width // 2, width - 1 - width // 2), mode="edge")
     smooth = np.convolve(edges, np.ones(width) / width, mode="valid")
-    axes.plot(steps, smooth, color=colour, linewidth=1.8, label=label)
+    axes.plot(steps[::thin], smooth[::thin], color=colour, linewidth=1.8, label=label)
 
 
 def _finish_curve_axes(
@@ -214,19 +231,9 @@ def _finish_curve_axes(
     if len(axes.get_lines()) and len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend(loc="upper right")
     in_data_by_axes = blended_transform_factory(axes.transData, axes.transAxes)
-    for step, stage in _stage_starts(history):
+    for number, (step, _) in enumerate(stage_starts(history), start=1):
         axes.axvline(step, color=INK, alpha=0.35, linewidth=0.8, linestyle=(0, (3, 2)))
-        axes.text(step, 1.015, f" {stage}", transform=in_data_by_axes, fontsize=7.5, alpha=0.75)
-
-
-def _stage_starts(history: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
-    """The first step of every stage, in the order of the rows."""
-    starts: list[tuple[int, str]] = []
-    for row in history:
-        stage = str(row.get("stage", ""))
-        if stage and (not starts or starts[-1][1] != stage):
-            starts.append((row["step"], stage))
-    return starts
+        axes.text(step, 1.02, f"{number}", transform=in_data_by_axes, fontsize=8, ha="center", alpha=0.75)
 
 
 def _percent_axis(axes: Axes) -> None:
@@ -259,5 +266,6 @@ def _svg(figure: Figure) -> bytes:
     stream = io.StringIO()
     figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     text = re.sub(r"<metadata>.*?</metadata>", "", stream.getvalue(), flags=re.DOTALL)
-    text = re.sub(r"font: ([^;\"]*?)([0-9.]+px) [^;\"]*", r"font: \1\2 system-ui, sans-serif", text)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
+    text = re.sub(r"font: ([^;\"]*?)([0-9.]+px) [^;\"]*", r"font: \1\2 inherit", text)
     return text.replace(INK, "currentColor").encode()

@@ -109,7 +109,7 @@ def make_phantom(visit: Visit, seed: int) -> Phantom:
     in_plane_mm = float(random.randint(34, 44)) / 10
     slice_mm = float(random.randint(30, 51)) / 10
     spacing = (in_plane_mm, in_plane_mm, slice_mm)
-    extent = (336 + random.randint(0, 21), 258 + random.randint(0, 31), 248 + random.randint(0, 13))
+    extent = (322 + random.randint(0, 14), 256 + random.randint(0, 31), 240 + random.randint(0, 12))
     centre = [float(random.randint(-60, 61)) / 10 for _ in range(3)]
     shape = [int(length / step) for length, step in zip(extent, spacing, strict=True)]
     axes = tuple(

@@ -30,9 +30,7 @@ class TorchAnswerer:
             PhotonError: whatever reading the weights, the configuration or the tokenizer raises.
         """
         if policy not in POLICIES:
-            raise PhotonError(
-                "POLICY_UNKNOWN", policy, f"it is not one of {POLICIES}.", "Choose one of them."
-            )
+            raise PhotonError("POLICY_UNKNOWN", policy, f"it is not one of {POLICIES}.", "Choose one of them.")
         self.policy = policy
         self.model = read_model(checkpoint)
         self.prompter = Prompter.read(checkpoint / TOKENIZER)
@@ -44,8 +42,7 @@ class TorchAnswerer:
         has_volume = volume is not None
         context = scan_context(volume, self.prompter, config) if volume is not None else empty_context(config)
         branches = [
-            Branch(0, self.prompter.branch_ids(question.question, has_volume=has_volume))
-            for question in questions
+            Branch(0, self.prompter.branch_ids(question.question, has_volume=has_volume)) for question in questions
         ]
         batch = pack_batch([context], branches, config)
         keep_all = self.policy == "all_tokens"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import multiprocessing
 import os
 from collections import Counter
@@ -13,21 +14,26 @@ from typing import Any
 
 from photon.errors import PhotonError
 from pipelines.files import file_digest, prepare_output_folder
-from pipelines.manifest import MANIFEST_NAME, read_manifest, write_manifest
+from pipelines.manifest import MANIFEST_NAME, write_manifest
 from pipelines.results import PreprocessRecord
 from pipelines.volumes import (
+    Volume,
     VolumeSpec,
     is_nifti_name,
     read_scan,
     read_volume,
     resample,
     scan_id_of,
+    voxels_sha256,
     write_volume,
 )
 
 Progress = Callable[[int, int, str], None]
 
-OTHER_FORMATS = (".mha", ".mhd", ".nrrd", ".nhdr", ".mgz", ".mgh", ".img", ".hdr", ".mnc")
+MIN_JOBS_FOR_WORKERS = 16
+MAX_NAME = 200
+
+OTHER_FORMATS = (".mha", ".mhd", ".nrrd", ".nhdr", ".mgz", ".mgh", ".hdr", ".mnc")
 """Image files that are listed as refused; files of other endings are no scans and are passed over."""
 
 
@@ -44,7 +50,7 @@ def find_scans(folder: Path) -> list[Source]:
     """Every scan below ``folder``, sorted; hidden files and folders are passed over.
 
     The id is the file name without its ending; where two have the same, the path within ``folder`` with ``_``
-    for ``/``, and the ending too if that is not enough.
+    for ``/``, and a checksum of it if that is not enough or the path is long.
 
     Raises:
         PhotonError: ``INPUT_MISSING`` when the folder is not there, ``ARCHIVE_EMPTY`` when it holds no scan.
@@ -55,7 +61,7 @@ def find_scans(folder: Path) -> list[Source]:
     if not paths:
         fact = "it holds no scan (.nii, .nii.gz)."
         raise PhotonError("ARCHIVE_EMPTY", folder, fact, "Put scans into it or give another folder.")
-    names = {path: (scan_id_of(path), *_longer_names(path.relative_to(folder))) for path in paths}
+    names = {path: _names(path.relative_to(folder)) for path in paths}
     level = dict.fromkeys(paths, 0)
     while repeated := _repeated([names[path][level[path]] for path in paths]):
         for path in paths:
@@ -90,8 +96,7 @@ def preprocess(
         raise PhotonError("MODALITY_UNKNOWN", modality, "it is not auto, ct or mr.", "Use one of these.")
     sources = find_scans(input)
     prepare_output_folder(output)
-    known = _known_rows(output / MANIFEST_NAME)
-    jobs = [_Job(source, output, spec, modality, known.get(source.scan_id)) for source in sources]
+    jobs = [_Job(source, output, spec, modality) for source in sources]
     rows = []
     for row in _each(jobs, num_workers or os.cpu_count() or 1):
         rows.append(row)
@@ -116,11 +121,10 @@ class _Job:
     output: Path
     spec: VolumeSpec
     modality: str
-    known: dict[str, Any] | None
 
 
 def _each(jobs: Sequence[_Job], num_workers: int) -> Iterator[dict[str, Any]]:
-    if num_workers == 1 or len(jobs) < 2 * num_workers:
+    if num_workers == 1 or len(jobs) < MIN_JOBS_FOR_WORKERS:
         yield from map(_row, jobs)
         return
     # A fork of a process with threads (a tracker, torch) can hang, so workers start afresh.
@@ -138,51 +142,42 @@ def _row(job: _Job) -> dict[str, Any]:
     }
     target = job.output / f"{job.source.scan_id}.safetensors"
     try:
-        if job.known is not None and _is_current(job, target):
-            return job.known
-        scan = read_scan(job.source.path)
-        volume = resample(scan, job.spec, job.modality)
-        digest = write_volume(volume, target)
+        volume = _current_volume(job, target) or _new_volume(job, target)
     except PhotonError as error:
-        target.unlink(missing_ok=True)
+        if error.code == "OUTPUT_UNWRITABLE":
+            raise
         return row | {"status": error.code, "message": f"{error.fact} {error.remedy}"}
-    return row | volume.metadata | {
-        "status": "ok",
-        "message": "",
-        "volume": target.name,
-        "volume_sha256": digest,
-    }  # fmt: skip
+    stored = {"volume": target.name, "volume_sha256": voxels_sha256(volume)}
+    return row | volume.metadata | stored | {"status": "ok", "message": ""}
 
 
-def _is_current(job: _Job, target: Path) -> bool:
-    known = job.known or {}
-    if (
-        known["status"] != "ok"
-        or known["source"] != job.source.relative
-        or known["spec_digest"] != job.spec.digest()
-    ):
-        return False
-    is_same_modality = (
-        known["modality_source"] == "inferred"
-        if job.modality == "auto"
-        else known["modality"] == job.modality
-    )
-    if not is_same_modality or known["source_sha256"] != file_digest(job.source.path):
-        return False
+def _new_volume(job: _Job, target: Path) -> Volume:
+    try:
+        volume = resample(read_scan(job.source.path), job.spec, job.modality)
+    except MemoryError as error:
+        fact = "there is not enough memory for it."
+        raise PhotonError(
+            "SCAN_TOO_LARGE", job.source.path, fact, "Crop it or use a larger machine."
+        ) from error
+    try:
+        write_volume(volume, target)
+    except OSError as error:
+        fact = f"the volume cannot be written ({error.strerror or error})."
+        raise PhotonError("OUTPUT_UNWRITABLE", target, fact, "Free space; what is done is kept.") from error
+    return volume
+
+
+def _current_volume(job: _Job, target: Path) -> Volume | None:
+    """The volume of an earlier run, if it is whole and was made from the same bytes in the same way."""
+    if not target.is_file() or not job.source.path.is_file():
+        return None
     try:
         volume = read_volume(target, job.spec)
     except PhotonError:
-        return False
-    return bool(volume.metadata["source_sha256"] == known["source_sha256"])
-
-
-def _known_rows(path: Path) -> dict[str, dict[str, Any]]:
-    if not path.exists():
-        return {}
-    try:
-        return {row["scan_id"]: row for row in read_manifest(path).iter_rows(named=True)}
-    except PhotonError:
-        return {}  # a manifest that cannot be read only costs doing the work again
+        return None
+    made_as = "auto" if volume.metadata["modality_source"] == "inferred" else volume.metadata["modality"]
+    is_same = made_as == job.modality and volume.metadata["source_sha256"] == file_digest(job.source.path)
+    return volume if is_same else None
 
 
 def _scan_paths(folder: Path) -> Iterator[Path]:
@@ -195,9 +190,14 @@ def _scan_paths(folder: Path) -> Iterator[Path]:
         yield from (path for path in paths if is_nifti_name(path) or path.suffix.lower() in OTHER_FORMATS)
 
 
-def _longer_names(relative: Path) -> tuple[str, str]:
-    short = relative.with_name(scan_id_of(relative)).as_posix().replace("/", "_")
-    return short, relative.as_posix().replace("/", "_")
+def _names(relative: Path) -> tuple[str, str, str]:
+    """Candidates for a scan's id, each longer and rarer than the one before; the last is unique."""
+    whole = relative.as_posix().replace("/", "_")
+    digest = hashlib.sha256(relative.as_posix().encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    unique = f"{whole[:40]}-{digest}"
+    if len(os.fsencode(whole)) > MAX_NAME:
+        return unique, unique, unique
+    return scan_id_of(relative), scan_id_of(Path(whole)), unique
 
 
 def _repeated(names: list[str]) -> set[str]:

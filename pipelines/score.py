@@ -30,7 +30,7 @@ from pipelines.score_store import (
     score_frame,
     write_part,
 )
-from pipelines.volumes import VolumeSpec, read_scan, read_volume, resample, write_volume
+from pipelines.volumes import Volume, VolumeSpec, read_scan, read_volume, resample, write_volume
 
 TABLE_FILE = "scores.parquet"
 RECORD_FILE = "score.json"
@@ -165,6 +165,13 @@ def _source_digest(job: _Job) -> str | None:
         return None
 
 
+def _coded(error: Exception) -> tuple[str, str]:
+    """Code and message of a row."""
+    if isinstance(error, PhotonError):
+        return error.code, f"{error.fact} {error.remedy}"
+    return FAILED, f"{type(error).__name__}: {error}"
+
+
 def _fault(answer: Answer, question: Question) -> str | None:
     """What is wrong with an answer, or None."""
     if answer.question_id != question.question_id:
@@ -238,21 +245,32 @@ class _Run:
     def _rows(self, job: _Job) -> pl.DataFrame:
         """The rows of a job, whatever happens to it; only an interrupt ends the run."""
         if job.path is None:
-            return self._failed(job, "SCAN_MISSING", "no scan of this name is in the archive.")
+            return score_frame(
+                self._failed(job, job.questions, "SCAN_MISSING", "the archive has no such scan.")
+            )
         try:
             self._volume_path(job).unlink(missing_ok=True)
             volume = resample(read_scan(job.path), self.answerer.volume_spec, self.modality)
             write_volume(volume, self._volume_path(job))
-            answers = self.answerer.answer(volume, job.questions)
-            return score_frame([self._row(job, *pair) for pair in zip(job.questions, answers, strict=True)])
-        except PhotonError as error:
-            return self._failed(job, error.code, f"{error.fact} {error.remedy}")
         except Exception as error:  # one scan must not cost the archive; its rows tell what happened
-            return self._failed(job, FAILED, f"{type(error).__name__}: {error}")
+            return score_frame(self._failed(job, job.questions, *_coded(error)))
+        return score_frame(self._ask(job, volume, job.questions))
+
+    def _ask(self, job: _Job, volume: Volume, questions: Sequence[Question]) -> list[dict[str, Any]]:
+        """Ask all at once; if that fails, one by one, so that a bad question costs its own row alone."""
+        try:
+            answers = self.answerer.answer(volume, questions)
+            rows = [self._row(job, *pair) for pair in zip(questions, answers, strict=True)]
+            score_frame(rows)
+        except Exception as error:
+            if len(questions) == 1:
+                return self._failed(job, questions, *_coded(error))
+            return [row for question in questions for row in self._ask(job, volume, [question])]
+        return rows
 
     def _row(self, job: _Job, question: Question, answer: Answer) -> dict[str, Any]:
         if fault := _fault(answer, question):
-            return self._identity(job, question) | {"error": FAILED, "message": fault}
+            raise ValueError(fault)
         return self._identity(job, question) | {
             "answer": answer.text,
             "confidence": min(float(answer.confidence), 1.0),
@@ -262,10 +280,10 @@ class _Run:
             "seconds": float(answer.seconds),
         }
 
-    def _failed(self, job: _Job, code: str, message: str) -> pl.DataFrame:
-        return score_frame(
-            [self._identity(job, q) | {"error": code, "message": message} for q in job.questions]
-        )
+    def _failed(
+        self, job: _Job, questions: Sequence[Question], code: str, message: str
+    ) -> list[dict[str, Any]]:
+        return [self._identity(job, question) | {"error": code, "message": message} for question in questions]
 
     def _identity(self, job: _Job, question: Question) -> dict[str, Any]:
         return {

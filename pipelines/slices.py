@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,7 +75,7 @@ def make_planes(
     low, high = window_hu or display_window(voxels)
     z, y, x = centre
     dz, dy, dx = spacing_mm
-    cuts = [
+    cuts: list[tuple[str, Any, tuple[float, float], tuple[str, str, str, str]]] = [
         ("axial", np.s_[z, :, :], (dy, dx), ("A", "P", "R", "L")),
         ("coronal", np.s_[::-1, y, :], (dz, dx), ("S", "I", "R", "L")),
         ("sagittal", np.s_[::-1, :, x], (dz, dy), ("S", "I", "A", "P")),

@@ -175,21 +175,21 @@ def _diagnostics_of(rows: pl.DataFrame) -> dict[str, float]:
         list(rows.filter(pl.col("kind") == kind).select("predicted", "gold").iter_rows())
         for kind in ("closed", "number", "text")
     )
-    said, truth = [said for said, _ in texts], [truth for _, truth in texts]
-    said_plain, truth_plain = ([metrics.normalise_answer(text) for text in side] for side in (said, truth))
+    predicted, gold = [said for said, _ in texts], [truth for _, truth in texts]
+    plain = [[metrics.normalise_answer(text) for text in side] for side in (predicted, gold)]
     by_subtype = rows.group_by("subtype").agg(pl.col("score").mean())["score"]
     return {
         "closed_accuracy": _mean([metrics.closed_accuracy(*pair) for pair in closed]),
         "closed_accuracy_normalised": _mean([metrics.closed_accuracy_normalised(*pair) for pair in closed]),
         "mra_threshold_photon": _mean([metrics.mra_threshold_photon(*pair) for pair in numbers]),
         "mra_threshold_photon_exact": _mean(
-            [metrics.mra_threshold_photon(*pair, exact_decimal=True) for pair in numbers]
+            [metrics.mra_threshold_photon(said, truth, exact_decimal=True) for said, truth in numbers]
         ),
         "mra_linear_v2": _mean([metrics.mra_linear_v2(*pair) for pair in numbers]),
         "text_accuracy": _mean([metrics.closed_accuracy(*pair) for pair in texts]),
-        "bleu1": metrics.bleu1(said, truth),
-        "bleu1_normalised": metrics.bleu1(said_plain, truth_plain),
-        "rouge1": metrics.rouge1(said, truth),
+        "bleu1": metrics.bleu1(predicted, gold),
+        "bleu1_normalised": metrics.bleu1(*plain),
+        "rouge1": metrics.rouge1(predicted, gold),
         "mean_over_subtypes": _mean(by_subtype),
         "parse_failure_rate": _mean(rows["is_unparsed"]),
     }

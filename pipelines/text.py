@@ -71,9 +71,7 @@ class Prompter:
         except PhotonError:
             raise
         except Exception as error:  # the library raises bare Exception for malformed files
-            raise PhotonError(
-                "TOKENIZER_UNREADABLE", source, f"it is not a tokenizer ({error}).", remedy
-            ) from error
+            raise PhotonError("TOKENIZER_UNREADABLE", source, f"it is not a tokenizer ({error}).", remedy) from error
 
     def write(self, target: Path) -> None:
         """Write ``tokenizer.json``."""

@@ -8,6 +8,7 @@ worker threads and their metrics would land in new runs that never end. Everythi
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import math
 import os
@@ -137,6 +138,14 @@ class MlflowTracker:
                 self.run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()]
             )
 
+    def log_dataset(self, name: str, version: str, source: str) -> None:
+        """The data the run used: a name, its DVC version (at most 36 characters) and its pointer file."""
+        from mlflow.entities import Dataset, DatasetInput
+
+        described = json.dumps({"pointer": source})
+        dataset = Dataset(name=name, digest=version[:36], source_type="dvc", source=described)
+        self.client.log_inputs(self.run_id, [DatasetInput(dataset, [])])
+
     def flush(self) -> None:
         """Send the buffered step metrics."""
         pending, self._buffer = self._buffer, []
@@ -150,11 +159,12 @@ class MlflowTracker:
 
 @dataclass(frozen=True, kw_only=True)
 class Store:
-    """An initialised MLflow store and the experiment runs go to."""
+    """An initialised MLflow store and the experiment runs go to; `created_ms` tells it from a later one."""
 
     uri: str
     experiment: str
     experiment_id: str
+    created_ms: int
     client: Any
 
 
@@ -193,13 +203,17 @@ def open_store(uri: str | None = None, experiment: str = "photon") -> Store:
             found = client.get_experiment_by_name(experiment)
             if found is None:
                 place = (database.parent / "mlartifacts" / experiment).as_uri() if database else None
-                identifier = client.create_experiment(experiment, artifact_location=place)
-            else:
-                identifier = found.experiment_id
+                found = client.get_experiment(client.create_experiment(experiment, artifact_location=place))
     except (MlflowException, OSError, sqlite3.Error) as error:
         fact = f"the tracking store cannot be opened ({str(error).splitlines()[0][:200]})."
         raise PhotonError("TRACKING_UNAVAILABLE", address, fact, remedy) from error
-    return Store(uri=address, experiment=experiment, experiment_id=str(identifier), client=client)
+    return Store(
+        uri=address,
+        experiment=experiment,
+        experiment_id=str(found.experiment_id),
+        created_ms=int(found.creation_time or 0),
+        client=client,
+    )
 
 
 @contextmanager

@@ -54,9 +54,7 @@ class TrainSpec:
         """
         if name not in _PRESETS:
             known = ", ".join(_PRESETS)
-            raise PhotonError(
-                "PRESET_UNKNOWN", name, "there is no such training preset.", f"Choose one of: {known}."
-            )
+            raise PhotonError("PRESET_UNKNOWN", name, "there is no such training preset.", f"Choose one of: {known}.")
         return cls(**_PRESETS[name] | {"seed": seed})
 
     def digest(self) -> str:
@@ -125,9 +123,7 @@ def train(
     scans, validation = read_split(data, "train"), read_split(data, "val")
     prompter = Prompter(build_tokenizer(_texts(scans)))
     config = tiny(prompter.vocab_size, special_ids=prompter.special_ids)
-    tracker.log_hyperparameters(
-        {**dataclasses.asdict(spec), "model": config.to_hf(), "data_version": data_version}
-    )
+    tracker.log_hyperparameters({**dataclasses.asdict(spec), "model": config.to_hf(), "data_version": data_version})
     run = _Run(spec, config, prompter, scans, validation, output, tracker, on_progress, data_version)
     model = run.train_model()
     blind = run.train_blind()
@@ -176,9 +172,7 @@ class _Run:
             is_pruned: BatchSource(self.scans, self.prompter, self.config, draw, self.spec.seed)
             for is_pruned, draw in ((False, self.spec.draw), (True, self.spec.pruned_draw))
         }
-        checks = BatchSource(
-            self.validation, self.prompter, self.config, _whole(self.validation), self.spec.seed
-        )
+        checks = BatchSource(self.validation, self.prompter, self.config, _whole(self.validation), self.spec.seed)
         trainer = self._trainer("state", self.spec.schedule)
         _truncate_history(self.history, trainer.num_steps_done)
 

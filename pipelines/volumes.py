@@ -247,10 +247,14 @@ def normalise(voxels: np.ndarray, window_hu: tuple[int, int]) -> np.ndarray:
     return (voxels.astype(np.float32) - np.float32(low)) / np.float32(high - low)
 
 
+def voxels_sha256(volume: Volume) -> str:
+    """Checksum of the voxels as stored: int16, little endian, X fastest."""
+    return hashlib.sha256(np.ascontiguousarray(volume.voxels, dtype="<i2").tobytes()).hexdigest()
+
+
 def write_volume(volume: Volume, path: Path) -> str:
     """Write a volume atomically; the same volume gives the same bytes. Returns the sha256 of the voxels."""
-    voxels = np.ascontiguousarray(volume.voxels, dtype="<i2")
-    digest = hashlib.sha256(voxels.tobytes()).hexdigest()
+    digest = voxels_sha256(volume)
     # One key alone: safetensors writes several metadata keys in random order.
     text = json.dumps(
         {
@@ -263,7 +267,10 @@ def write_volume(volume: Volume, path: Path) -> str:
         sort_keys=True,
         allow_nan=False,
     )
-    write_bytes(path, save_safetensors({"voxels": voxels}, {METADATA_KEY: text}))
+    write_bytes(
+        path,
+        save_safetensors({"voxels": np.ascontiguousarray(volume.voxels, dtype="<i2")}, {METADATA_KEY: text}),
+    )
     return digest
 
 
@@ -290,12 +297,13 @@ def read_volume(path: Path, spec: VolumeSpec | None = None) -> Volume:
         raise PhotonError("VOLUME_CORRUPT", path, f"it is not a volume file ({error}).", remedy) from error
     if voxels.dtype != np.int16 or voxels.shape != found.shape:
         raise PhotonError("VOLUME_CORRUPT", path, f"voxels are {voxels.dtype} {voxels.shape}.", remedy)
-    if hashlib.sha256(voxels.tobytes()).hexdigest() != expected:
+    volume = Volume(voxels=voxels, affine=affine, spec=found, metadata=metadata)
+    if voxels_sha256(volume) != expected:
         raise PhotonError("VOLUME_CORRUPT", path, "the voxels do not have the recorded checksum.", remedy)
     if spec is not None and spec != found:
         fact = f"it was made for the spec {found.digest()} ({found.as_dict()}), wanted is {spec.digest()}."
         raise PhotonError("VOLUME_SPEC_MISMATCH", path, fact, remedy)
-    return Volume(voxels=voxels, affine=affine, spec=found, metadata=metadata)
+    return volume
 
 
 def _read_header(stream: ScanStream) -> Any:

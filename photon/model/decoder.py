@@ -33,12 +33,9 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, width)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], attend: Attention
-    ) -> tuple[Tensor, QueryKeyValue]:
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], attend: Attention) -> tuple[Tensor, QueryKeyValue]:
         q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         state = QueryKeyValue(rotate(q, table), rotate(k, table), v)
         return self.o_proj(attend(*state).flatten(-2)), state
@@ -54,9 +51,7 @@ class DecoderLayer(nn.Module):
         self.self_attn = SelfAttention(config)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False)
 
-    def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], attend: Attention
-    ) -> tuple[Tensor, QueryKeyValue]:
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], attend: Attention) -> tuple[Tensor, QueryKeyValue]:
         attended, state = self.self_attn(self.input_layernorm(x), table, attend)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), state

@@ -78,9 +78,7 @@ class Photon(nn.Module):
                 elif parameter.ndim == 1:
                     parameter.fill_(1.0)
                 else:
-                    parameter.copy_(
-                        torch.randn(parameter.shape, generator=generator) * self.config.initializer_range
-                    )
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * self.config.initializer_range)
             last = self.model.predictor.mlp[2]
             assert isinstance(last, nn.Linear)
             last.bias.fill_(self.config.pruning.threshold_bias_init)
@@ -105,11 +103,7 @@ class Photon(nn.Module):
             detach: bool [B] branches whose loss must not reach the keep probabilities.
             with_layers: also return every layer's keys and values in pruned order, for generation.
         """
-        last = (
-            self.config.num_hidden_layers
-            if mode == "full" and not with_layers
-            else self.config.pruning.layer + 1
-        )
+        last = self.config.num_hidden_layers if mode == "full" and not with_layers else self.config.pruning.layer + 1
         return self.run_branches(
             batch, self.encode_contexts(batch, last), mode, flip=flip, detach=detach, with_layers=with_layers
         )
@@ -125,9 +119,7 @@ class Photon(nn.Module):
     def run_contexts(self, x: Tensor, batch: PackedBatch, num_layers: int) -> ContextState:
         """The first ``num_layers`` decoder layers over embedded context rows [Tc, D]."""
         lengths = batch.context_lengths
-        attend = RaggedAttention.build(
-            lengths, k_starts=starts_of(lengths), k_lengths=lengths, is_causal=True
-        )
+        attend = RaggedAttention.build(lengths, k_starts=starts_of(lengths), k_lengths=lengths, is_causal=True)
         table = self.model.rotary(batch.context_positions)
         layers = []
         for layer in self.model.layers[:num_layers]:
@@ -216,9 +208,7 @@ class Photon(nn.Module):
         scale = torch.where(selection.slots >= 0, p.flatten()[selection.slots.clamp_min(0)], 1.0)
         return x.index_select(0, selection.rows) * scale[:, None].to(x.dtype)
 
-    def _run_pruned(
-        self, x: Tensor, batch: PackedBatch, selection: Selection
-    ) -> tuple[Tensor, list[QueryKeyValue]]:
+    def _run_pruned(self, x: Tensor, batch: PackedBatch, selection: Selection) -> tuple[Tensor, list[QueryKeyValue]]:
         positions = torch.cat([batch.context_positions, batch.branch_positions], dim=1)[:, selection.rows]
         table = self.model.rotary(positions)
         lengths = selection.lengths

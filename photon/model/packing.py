@@ -92,9 +92,7 @@ def pack_batch(contexts: Sequence[Context], branches: Sequence[Branch], config: 
         PhotonError: ``PROMPT_INVALID`` when placeholders and volumes do not match or a branch is empty.
     """
     if any(branch.input_ids.numel() == 0 for branch in branches):
-        raise PhotonError(
-            "PROMPT_INVALID", "prompt", "a branch has no tokens.", "Give every question a prompt."
-        )
+        raise PhotonError("PROMPT_INVALID", "prompt", "a branch has no tokens.", "Give every question a prompt.")
     positions, nexts = zip(*(_context_positions(context, config) for context in contexts), strict=True)
     is_visual = torch.cat([context.input_ids == config.video_token_id for context in contexts])
     lengths = torch.tensor([context.input_ids.numel() for context in contexts])

@@ -28,13 +28,9 @@ class Selection:
     branch_rows: Tensor
 
 
-def visual_ordinals(
-    num_rows: int, visual_rows: Tensor, context_starts: Tensor, context_lengths: Tensor
-) -> Tensor:
+def visual_ordinals(num_rows: int, visual_rows: Tensor, context_starts: Tensor, context_lengths: Tensor) -> Tensor:
     """Number of each context row's visual token within its context, -1 for text: int64 [Tc]."""
-    is_visual = torch.zeros(num_rows, dtype=torch.long, device=visual_rows.device).index_fill(
-        0, visual_rows, 1
-    )
+    is_visual = torch.zeros(num_rows, dtype=torch.long, device=visual_rows.device).index_fill(0, visual_rows, 1)
     seen = is_visual.cumsum(0) - is_visual
     context = torch.repeat_interleave(
         torch.arange(context_lengths.shape[0], device=visual_rows.device),
@@ -55,9 +51,7 @@ def select_rows(batch: PackedBatch, keep: Tensor | None) -> Selection:
     num_context_rows = batch.context_ids.shape[0]
     starts, lengths = starts_of(batch.context_lengths), batch.context_lengths
     context_rows, in_context = padded_rows(starts[batch.branch_context], lengths[batch.branch_context])
-    own_rows, in_branch = padded_rows(
-        starts_of(batch.branch_lengths) + num_context_rows, batch.branch_lengths
-    )
+    own_rows, in_branch = padded_rows(starts_of(batch.branch_lengths) + num_context_rows, batch.branch_lengths)
     slots = torch.full_like(context_rows, -1)
     if keep is not None and context_rows.numel():
         ordinals = visual_ordinals(num_context_rows, batch.visual_rows, starts, lengths)[context_rows]

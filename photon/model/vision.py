@@ -106,9 +106,7 @@ class VisionTower(nn.Module):
         )
         return self.merger(tokens[torch.argsort(order)])
 
-    def encode(
-        self, patches: Tensor, rows_columns: Tensor, *, full: Attention, windowed: Attention
-    ) -> Tensor:
+    def encode(self, patches: Tensor, rows_columns: Tensor, *, full: Attention, windowed: Attention) -> Tensor:
         """Run the blocks on patches [P, 14*14*14] at [P, 2] rows and columns; returns [P, width]."""
         table = self.rotary(rows_columns)
         x = self.vision_patch_embed(patches)

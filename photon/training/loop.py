@@ -61,9 +61,7 @@ class StepReport:
 class Trainer:
     """A model, its optimiser and the number of steps done; saved and restored as one folder."""
 
-    def __init__(
-        self, model: Photon, schedule: StageSchedule, config: OptimiserConfig, *, run_digest: str
-    ) -> None:
+    def __init__(self, model: Photon, schedule: StageSchedule, config: OptimiserConfig, *, run_digest: str) -> None:
         """``run_digest`` names everything that decides the result; a folder of another run is refused."""
         self.model, self.schedule, self.config, self.run_digest = model, schedule, config, run_digest
         self.num_steps_done = 0

@@ -201,6 +201,25 @@ def test_too_few_answers_and_exceptions_become_coded_rows(site: dict[str, Path])
     assert rows_of(run_score(site, model))["error"].unique().to_list() == ["SCORING_FAILED"]
 
 
+def test_a_question_the_model_refuses_costs_its_own_row_alone(site: dict[str, Path]) -> None:
+    clean = rows_of(run_score(site | {"output": site["output"].with_name("clean")}, FakeModel()))
+    model = FakeModel()
+    real = model.answer
+
+    def answer(volume: Volume | None, questions: Sequence[Question]) -> list[Answer]:
+        if any(question.question_id == "q0" for question in questions):
+            raise PhotonError("QUESTION_NOT_UNDERSTOOD", "q0", "unknown word.", "Ask otherwise.")
+        return real(volume, questions)
+
+    model.answer = answer  # type: ignore[method-assign]
+    record = run_score(site, model)
+    table = rows_of(record)
+    assert table.filter(question_id="q0")["error"].to_list() == ["QUESTION_NOT_UNDERSTOOD"]
+    assert (record.failed_rows, record.refused_scans) == (1, 0)
+    others = pl.col("question_id") != "q0"
+    assert table.filter(others).drop("seconds").equals(clean.filter(others).drop("seconds"))
+
+
 def test_an_interrupt_ends_the_run_and_keeps_finished_parts(site: dict[str, Path]) -> None:
     model = FakeModel()
     real = model.answer
