@@ -204,9 +204,7 @@ class Canvas:
         self.labels[box][mask] = LABELS[label] if label else 0
 
 
-def paint_patient(
-    canvas: Canvas, patient: Patient, findings: Mapping[str, int], random: np.random.RandomState
-) -> None:
+def paint_patient(canvas: Canvas, patient: Patient, findings: Mapping[str, int], random: np.random.RandomState) -> None:
     """Paint one visit.
 
     Args:
@@ -259,9 +257,7 @@ def _paint_ribs(canvas: Canvas, semi_mm: tuple[float, float], shift_mm: float) -
     canvas.hu[mask] = 380
 
 
-def _paint_chest(
-    canvas: Canvas, patient: Patient, findings: Mapping[str, int], random: np.random.RandomState
-) -> None:
+def _paint_chest(canvas: Canvas, patient: Patient, findings: Mapping[str, int], random: np.random.RandomState) -> None:
     hu, scale = patient.hu, patient.scale
     for side, sign in (("left", 1), ("right", -1)):
         centre = _moved(patient, (sign * 70, -2, 58))
@@ -310,9 +306,7 @@ def _paint_abdomen(
     centre = _moved(patient, (46, -44, -26))
     size = scale["stomach"]
     canvas.ellipsoid(centre, (40 * size, 30 * size, 42 * size), 28, "stomach")
-    canvas.ellipsoid(
-        (centre[0], centre[1] - 12, centre[2]), (22, 11, 22), -850, "stomach", within=("stomach",)
-    )
+    canvas.ellipsoid((centre[0], centre[1] - 12, centre[2]), (22, 11, 22), -850, "stomach", within=("stomach",))
     enlarged = 1.62 if patient.traits["severe splenomegaly"] else 1.36
     size = scale["spleen"] * (enlarged if findings["splenomegaly"] else 1.0)
     canvas.ellipsoid(
@@ -343,9 +337,7 @@ def _paint_abdomen(
         canvas.ellipsoid((x + 2, y - 12, z), (wide, wide, 40), hu["aorta"], "aorta")
 
 
-def _paint_liver(
-    canvas: Canvas, patient: Patient, findings: Mapping[str, int], random: np.random.RandomState
-) -> None:
+def _paint_liver(canvas: Canvas, patient: Patient, findings: Mapping[str, int], random: np.random.RandomState) -> None:
     size = patient.scale["liver"]
     tissue = patient.hu["fatty liver" if findings["fatty liver"] else "liver"]
     centre = _moved(patient, (-66, -8, -34))

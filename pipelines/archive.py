@@ -51,9 +51,7 @@ def make_archive(
     """
     scan_ids = _first_visits(data / "raw" / "scans.csv", split)[:num_scans]
     if not scan_ids:
-        raise PhotonError(
-            "ARCHIVE_EMPTY", data, f"it has no scan in split '{split}'.", "Choose train, val or test."
-        )
+        raise PhotonError("ARCHIVE_EMPTY", data, f"it has no scan in split '{split}'.", "Choose train, val or test.")
     questions = [q for q in read_questions(data / QUESTIONS_NAME) if q.scan_id in set(scan_ids)]
     scans = prepare_output_folder(output / "scans")
     images = data / "raw" / "images"
@@ -99,9 +97,7 @@ def _first_visits(table: Path, split: str) -> list[str]:
         with table.open(encoding="utf-8", newline="") as stream:
             rows = list(csv.DictReader(stream))
     except OSError as error:
-        raise PhotonError(
-            "INPUT_MISSING", table, "it cannot be read.", "Run `photon generate` first."
-        ) from error
+        raise PhotonError("INPUT_MISSING", table, "it cannot be read.", "Run `photon generate` first.") from error
     return [row["scan_id"] for row in rows if row["split"] == split and row["visit"] == "1"]
 
 

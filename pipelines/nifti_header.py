@@ -58,9 +58,7 @@ def declared_grid(header: Any, path: Path, max_voxels: int = MAX_VOXELS) -> tupl
         raise PhotonError("SCAN_TOO_LARGE", path, fact, "Crop it or reduce its resolution.")
     code = int(header["datatype"])
     if code in _RGB_CODES:
-        raise PhotonError(
-            "SCAN_RGB", path, "its voxels are colours.", "Give the grey scan, not a picture of it."
-        )
+        raise PhotonError("SCAN_RGB", path, "its voxels are colours.", "Give the grey scan, not a picture of it.")
     if code in _OTHER_CODES:
         fact = f"its voxels are of NIfTI datatype {code}, which is neither integer nor real."
         raise PhotonError("FORMAT_UNSUPPORTED", path, fact, "Store it as int16 or float32.")
@@ -81,9 +79,15 @@ def voxel_offset(header: Any, path: Path) -> int:
     return int(offset)
 
 
-def checked_affine(header: Any, path: Path, notes: list[str]) -> np.ndarray:
-    """Matrix [4, 4] float64, voxel to world RAS mm, after it and the voxel spacing were held against each
-    other.
+def checked_affine(header: Any, best: np.ndarray, qform: np.ndarray | None, path: Path, notes: list[str]) -> np.ndarray:
+    """Hold the matrix of a header, its voxel spacing and its second matrix against each other.
+
+    Args:
+        best: [4, 4], the matrix to use, in the header's unit of length.
+        qform: [4, 4], the other one where the header has both, else None.
+
+    Returns:
+        Matrix [4, 4] float64, voxel to world RAS mm.
 
     Raises:
         PhotonError: ``SPACING_INVALID`` or ``AFFINE_INVALID``.
@@ -96,26 +100,22 @@ def checked_affine(header: Any, path: Path, notes: list[str]) -> np.ndarray:
     if not all(low <= value <= high for value in pixdim):
         fact = f"its voxel spacing is {_shown(pixdim)} mm; {low} to {high} is possible."
         raise PhotonError("SPACING_INVALID", path, fact, EXPORT_AGAIN)
-    try:
-        affine = np.array(header.get_best_affine(), np.float64)
-    except (ValueError, ArithmeticError) as error:
-        raise _bad_affine(path, f"its quaternion is wrong ({error}).") from error
+    affine = np.array(best, np.float64)
     affine[:3] *= unit_mm
     if not np.isfinite(affine).all():
-        raise _bad_affine(path, "its matrix holds NaN or infinity.")
+        raise bad_affine(path, "its matrix holds NaN or infinity.")
     lengths = [column_length(affine, axis) for axis in range(3)]
     if any(abs(a - b) > MAX_SPACING_MISMATCH * b for a, b in zip(lengths, pixdim, strict=True)):
-        raise _bad_affine(
-            path, f"its matrix says {_shown(lengths)} mm a voxel, its spacing {_shown(pixdim)}."
-        )
+        raise bad_affine(path, f"its matrix says {_shown(lengths)} mm a voxel, its spacing {_shown(pixdim)}.")
     if abs(float(np.linalg.det(affine[:3, :3] / lengths))) < 0.5:
-        raise _bad_affine(path, "its matrix is singular or sheared flat.")
+        raise bad_affine(path, "its matrix is singular or sheared flat.")
     if int(header["sform_code"]) <= 0 and int(header["qform_code"]) <= 0:
-        notes.append(
-            "the header records no orientation: left and right are assumed as in Analyze files (LAS)"
-        )
-    elif int(header["sform_code"]) > 0 and int(header["qform_code"]) > 0:
-        _note_disagreement(header, affine, unit_mm, notes)
+        notes.append("the header records no orientation: left and right are assumed as in Analyze files (LAS)")
+    if qform is not None:
+        ends = np.array([[0, 0, 0, 1], [*(int(n) - 1 for n in header["dim"][1:4]), 1]], np.float64)
+        distance_mm = float(np.abs((np.array(best) - qform)[:3] @ ends.T).max()) * unit_mm
+        if not distance_mm <= MAX_QFORM_DISTANCE_MM:  # also when it is NaN
+            notes.append(f"qform and sform differ by up to {distance_mm:.1f} mm: sform is used")
     return affine
 
 
@@ -174,22 +174,8 @@ def unreadable(path: Path, fact: str) -> PhotonError:
     return PhotonError("SCAN_UNREADABLE", path, fact, "Check that it is a NIfTI file.")
 
 
-def _note_disagreement(header: Any, affine: np.ndarray, unit_mm: float, notes: list[str]) -> None:
-    """NIfTI has two matrices and readers differ in which they take: say so when they put the scan
-    elsewhere."""
-    try:
-        other = np.array(header.get_qform(), np.float64)
-    except (ValueError, ArithmeticError):
-        notes.append("qform cannot be read: sform is used")
-        return
-    other[:3] *= unit_mm
-    ends = np.array([[0, 0, 0, 1], [*(int(n) - 1 for n in header["dim"][1:4]), 1]], np.float64)
-    distance = float(np.abs((affine - other) @ ends.T).max())
-    if not distance <= MAX_QFORM_DISTANCE_MM:
-        notes.append(f"qform and sform differ by up to {distance:.1f} mm: sform is used")
-
-
-def _bad_affine(path: Path, fact: str) -> PhotonError:
+def bad_affine(path: Path, fact: str) -> PhotonError:
+    """The refusal of a scan that does not say where its voxels lie."""
     return PhotonError("AFFINE_INVALID", path, fact, EXPORT_AGAIN)
 
 

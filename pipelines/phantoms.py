@@ -61,9 +61,7 @@ class Visit:
 def plan_visits(spec: PhantomSpec) -> list[Visit]:
     """All visits. Within a split each finding and trait is present in half of the first visits."""
     visits, number = [], 0
-    for index, (split, count) in enumerate(
-        (("train", spec.num_train), ("val", spec.num_val), ("test", spec.num_test))
-    ):
+    for index, (split, count) in enumerate((("train", spec.num_train), ("val", spec.num_val), ("test", spec.num_test))):
         random = np.random.RandomState([spec.seed, index])
         present = {name: random.permutation(count) < (count + 1) // 2 for name in FINDINGS + TRAITS}
         has_second = random.permutation(count) < int(count * spec.second_visit_fraction + 0.5)
@@ -72,10 +70,7 @@ def plan_visits(spec: PhantomSpec) -> list[Visit]:
             findings = {name: int(present[name][patient]) for name in FINDINGS}
             traits = {name: int(present[name][patient]) for name in TRAITS}
             changes = random.randint(0, 10, len(FINDINGS)) < 3
-            later = {
-                name: value ^ int(change)
-                for (name, value), change in zip(findings.items(), changes, strict=True)
-            }
+            later = {name: value ^ int(change) for (name, value), change in zip(findings.items(), changes, strict=True)}
             for visit, shown in ((1, findings), (2, later)):
                 if visit == 1 or has_second[patient]:
                     visits.append(
@@ -113,8 +108,7 @@ def make_phantom(visit: Visit, seed: int) -> Phantom:
     centre = [float(random.randint(-60, 61)) / 10 for _ in range(3)]
     shape = [int(length / step) for length, step in zip(extent, spacing, strict=True)]
     axes = tuple(
-        middle + step * (np.arange(n) - (n - 1) / 2)
-        for middle, step, n in zip(centre, spacing, shape, strict=True)
+        middle + step * (np.arange(n) - (n - 1) / 2) for middle, step, n in zip(centre, spacing, shape, strict=True)
     )
     canvas = Canvas(axes)  # type: ignore[arg-type]
     paint_patient(canvas, patient, visit.findings, anatomy)

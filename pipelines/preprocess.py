@@ -156,9 +156,7 @@ def _new_volume(job: _Job, target: Path) -> Volume:
         volume = resample(read_scan(job.source.path), job.spec, job.modality)
     except MemoryError as error:
         fact = "there is not enough memory for it."
-        raise PhotonError(
-            "SCAN_TOO_LARGE", job.source.path, fact, "Crop it or use a larger machine."
-        ) from error
+        raise PhotonError("SCAN_TOO_LARGE", job.source.path, fact, "Crop it or use a larger machine.") from error
     try:
         write_volume(volume, target)
     except OSError as error:

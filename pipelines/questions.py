@@ -93,9 +93,7 @@ def read_questions(path: Path) -> list[Question]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise PhotonError(
-            "QUESTIONS_UNREADABLE", path, f"the file cannot be read ({error}).", remedy
-        ) from error
+        raise PhotonError("QUESTIONS_UNREADABLE", path, f"the file cannot be read ({error}).", remedy) from error
     questions: dict[str, Question] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -160,9 +158,7 @@ class _Writer:
         self.questions: list[Question] = []
         self.family = ""
 
-    def add(
-        self, subtype: str, organ: str, phrasings: tuple[str, ...], kind: str, answer: str, **fields: Any
-    ) -> None:
+    def add(self, subtype: str, organ: str, phrasings: tuple[str, ...], kind: str, answer: str, **fields: Any) -> None:
         name = f"{subtype} {fields.pop('about', organ)}".replace(" ", "-")
         question_id = f"{self.scan_id}.{name}"
         chosen = hashlib.sha256(question_id.encode()).digest()[0] % len(phrasings)
@@ -382,9 +378,7 @@ def _medical_reasoning(writer: _Writer, measured: Measurements) -> None:
     )
 
 
-def _joined(
-    first: list[Lesion], second: list[Lesion], nothing: str, names: tuple[str, str] = ("cyst", "tumor")
-) -> str:
+def _joined(first: list[Lesion], second: list[Lesion], nothing: str, names: tuple[str, str] = ("cyst", "tumor")) -> str:
     present = [name for name, found in zip(names, (first, second), strict=True) if found]
     return " and ".join(present) or nothing
 

@@ -57,16 +57,11 @@ class VolumeSpec:
             f"shape must be multiples of ({PATCH}, {2 * PATCH}, {2 * PATCH})": len(self.shape) == 3
             and min(self.shape) > 0
             and all(n % m == 0 for n, m in zip(self.shape, (PATCH, 2 * PATCH, 2 * PATCH), strict=True)),
-            "window_hu must be (low, high) within int16": -32768
-            <= self.window_hu[0]
-            < self.window_hu[1]
-            <= 32767,
+            "window_hu must be (low, high) within int16": -32768 <= self.window_hu[0] < self.window_hu[1] <= 32767,
         }
         for rule, is_met in problems.items():
             if not is_met:
-                raise PhotonError(
-                    "SPEC_INVALID", "volume spec", f"{self.as_dict()}: {rule}.", "Mend the spec."
-                )
+                raise PhotonError("SPEC_INVALID", "volume spec", f"{self.as_dict()}: {rule}.", "Mend the spec.")
 
     def _spacing(self) -> tuple[float, ...]:
         spacing = self.spacing_mm
@@ -142,8 +137,7 @@ def frame_of(shape: tuple[int, ...], affine: np.ndarray) -> Frame:
     along = [cosine[axis][world] * sign for axis, (world, sign) in zip(axes, CANONICAL_TO_RAS, strict=True)]
     middle = [(n - 1) / 2 for n in shape]
     centre = [
-        float(affine[row][3]) + sum(float(affine[row][axis]) * middle[axis] for axis in range(3))
-        for row in range(3)
+        float(affine[row][3]) + sum(float(affine[row][axis]) * middle[axis] for axis in range(3)) for row in range(3)
     ]
     return Frame(
         axes=axes,
@@ -168,9 +162,7 @@ def grid_affine(frame: Frame, spec: VolumeSpec) -> np.ndarray:
         column = 2 - grid_axis
         affine[world, :3] = 0.0
         affine[world, column] = sign * spacing[grid_axis]
-        affine[world, 3] = (
-            frame.centre_mm[world] - sign * spacing[grid_axis] * (spec.shape[grid_axis] - 1) / 2
-        )
+        affine[world, 3] = frame.centre_mm[world] - sign * spacing[grid_axis] * (spec.shape[grid_axis] - 1) / 2
     return affine
 
 

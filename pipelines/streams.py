@@ -18,6 +18,8 @@ from photon.errors import PhotonError
 MAX_GZIP_RATIO = 1040
 """Deflate cannot expand a byte to more than this many."""
 
+MAX_DRAIN = 1 << 28
+
 _BLOCK = 1 << 22
 _GET_AGAIN = "Copy the file again from its source."
 
@@ -74,18 +76,14 @@ class ScanStream:
         needed = num_items * dtype.itemsize
         at_most = self.file_size * (MAX_GZIP_RATIO if self.is_gzip else 1)
         if needed > at_most:
-            raise self._truncated(
-                f"the header declares {needed} bytes of voxels, the file can hold {at_most}."
-            )
+            raise self._truncated(f"the header declares {needed} bytes of voxels, the file can hold {at_most}.")
         array = np.empty(num_items, dtype)
         target = array.view(np.uint8)
         filled = 0
         while filled < needed:
             block = self._read(min(needed - filled, _BLOCK))
             if not block:
-                raise self._truncated(
-                    f"the header declares {needed} bytes of voxels, the file holds {filled}."
-                )
+                raise self._truncated(f"the header declares {needed} bytes of voxels, the file holds {filled}.")
             target[filled : filled + len(block)] = np.frombuffer(block, np.uint8)
             filled += len(block)
         return array
@@ -103,6 +101,12 @@ class ScanStream:
                 "the file holds more bytes than its header declares.",
                 "Check the dimensions in the header, or write the scan again.",
             )
+
+    def drain(self) -> None:
+        """Read on, at most 256 MiB, only to find out whether a gzip stream is damaged."""
+        for _ in range(MAX_DRAIN // _BLOCK if self.is_gzip else 0):
+            if not self._read(_BLOCK):
+                return
 
     def _read(self, num_bytes: int) -> bytes:
         try:

@@ -26,6 +26,7 @@ from pipelines.files import file_digest, write_bytes
 from pipelines.nifti_header import (
     EXPORT_AGAIN,
     MAX_VOXELS,
+    bad_affine,
     checked_affine,
     checked_scaling,
     column_length,
@@ -130,13 +131,17 @@ def read_scan(path: Path, max_voxels: int = MAX_VOXELS) -> Scan:
         )
     notes: list[str] = []
     with ScanStream(path) as stream:
-        header = _read_header(stream)
-        shape, dtype = declared_grid(header, path, max_voxels)
-        affine = checked_affine(header, path, notes)
-        slope, intercept = checked_scaling(header, path, notes)
-        stream.skip(voxel_offset(header, path) - int(header["sizeof_hdr"]) - 4)
-        raw = stream.read_array(dtype, math.prod(shape))
-        stream.finish()
+        try:
+            header = _read_header(stream)
+            shape, dtype = declared_grid(header, path, max_voxels)
+            affine = checked_affine(header, *_matrices(header, path), path, notes)
+            slope, intercept = checked_scaling(header, path, notes)
+            stream.skip(voxel_offset(header, path) - int(header["sizeof_hdr"]) - 4)
+            raw = stream.read_array(dtype, math.prod(shape))
+            stream.finish()
+        except PhotonError:
+            stream.drain()  # a damaged gzip stream explains whatever else was found
+            raise
     if dtype.itemsize == 1 and np.count_nonzero(np.bincount(raw.view(np.uint8))) < MANY_GREYS:
         notes.append("few 8-bit values: it may be a label map rather than a scan")
     return Scan(
@@ -184,9 +189,7 @@ def resample(scan: Scan, spec: VolumeSpec, modality: str = "auto") -> Volume:
         PhotonError: ``MODALITY_UNKNOWN`` for another word, ``SCAN_CONSTANT`` for an MR scan without contrast.
     """
     if modality not in ("auto", "ct", "mr"):
-        raise PhotonError(
-            "MODALITY_UNKNOWN", scan.path, f"'{modality}' is not auto, ct or mr.", "Use one of these."
-        )
+        raise PhotonError("MODALITY_UNKNOWN", scan.path, f"'{modality}' is not auto, ct or mr.", "Use one of these.")
     kind = modality if modality != "auto" else infer_modality(scan.array)
     frame = frame_of(scan.array.shape, scan.affine)
     values, is_inside = resample_linear(scan.array, scan.affine, spec)
@@ -235,9 +238,7 @@ def resample_labels(path: Path, spec: VolumeSpec) -> np.ndarray:
     scan = read_scan(path)
     whole = np.rint(scan.array)
     if scan.array.min() < 0 or scan.array.max() > 255 or not np.array_equal(whole, scan.array):
-        raise PhotonError(
-            "LABELS_INVALID", path, "its values are not whole numbers 0..255.", "Use a label map."
-        )
+        raise PhotonError("LABELS_INVALID", path, "its values are not whole numbers 0..255.", "Use a label map.")
     return resample_nearest(whole.astype(np.uint8), scan.affine, spec)
 
 
@@ -324,6 +325,21 @@ def _read_header(stream: ScanStream) -> Any:
     if magic not in (b"n+1", b"n+2"):
         raise unreadable(path, f"the magic in its header is {magic!r}; two-file NIfTI is not read.")
     return header
+
+
+def _matrices(header: Any, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """The matrix to use and, where the header has both, the other one (NaN where it cannot be computed)."""
+    wrong = (ValueError, ArithmeticError, nibabel.spatialimages.HeaderDataError)
+    try:
+        best = header.get_best_affine()
+    except wrong as error:
+        raise bad_affine(path, f"its quaternion is wrong ({error}).") from error
+    if int(header["sform_code"]) <= 0 or int(header["qform_code"]) <= 0:
+        return best, None
+    try:
+        return best, header.get_qform()
+    except wrong:
+        return best, np.full((4, 4), np.nan)
 
 
 def _map_percentiles(values: np.ndarray, scan: Scan, spec: VolumeSpec) -> np.ndarray:
