@@ -1,0 +1,31 @@
+"""Every test works on databases of its own: nothing touches the state of the checkout or of the user."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+STATE = Path(tempfile.mkdtemp(prefix="photon-tests-"))
+atexit.register(shutil.rmtree, STATE, ignore_errors=True)
+for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE", "MLFLOW_TRACKING_URI"):
+    os.environ.pop(name, None)
+
+from flows import settings  # noqa: E402
+
+settings.apply(STATE)
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[str]:
+    """One Prefect server with a fresh database for all flow tests; its start takes most of their time."""
+    from prefect.settings import PREFECT_API_URL
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=settings.START_TIMEOUT_S):
+        yield str(PREFECT_API_URL.value())
