@@ -267,11 +267,11 @@ def _paint_chest(canvas: Canvas, patient: Patient, findings: Mapping[str, int], 
         canvas.ellipsoid(centre, semi, hu["lung"], lung)
         up, down = int(random.randint(32, 41)), int(random.randint(18, 27))
         spot = (
-            centre[0] + sign * random.randint(4, 13),
-            centre[1] - random.randint(8, 21),
+            centre[0] + sign * random.randint(16, 24),
+            centre[1] - random.randint(-3, 8),
             centre[2] + (up if patient.traits[f"high {side} nodule"] else -down),
         )
-        radius = float(random.randint(150, 211)) / 10
+        radius = float(random.randint(150, 201)) / 10
         has_more = patient.traits["larger left effusion"] == (side == "left")
         more, less = int(random.randint(14, 24)), int(random.randint(36, 44))
         level = centre[1] + (more if has_more else less)
@@ -307,7 +307,7 @@ def _paint_abdomen(
     size = scale["stomach"]
     canvas.ellipsoid(centre, (40 * size, 30 * size, 42 * size), 28, "stomach")
     canvas.ellipsoid((centre[0], centre[1] - 12, centre[2]), (22, 11, 22), -850, "stomach", within=("stomach",))
-    enlarged = 1.62 if patient.traits["severe splenomegaly"] else 1.36
+    enlarged = 1.62 if patient.traits["severe splenomegaly"] else 1.34
     size = scale["spleen"] * (enlarged if findings["splenomegaly"] else 1.0)
     canvas.ellipsoid(
         _moved(patient, (97 - 9 * (size - 1), 30, -34)),

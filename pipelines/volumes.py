@@ -139,8 +139,9 @@ def read_scan(path: Path, max_voxels: int = MAX_VOXELS) -> Scan:
             stream.skip(voxel_offset(header, path) - int(header["sizeof_hdr"]) - 4)
             raw = stream.read_array(dtype, math.prod(shape))
             stream.finish()
-        except PhotonError:
-            stream.drain()  # a damaged gzip stream explains whatever else was found
+        except PhotonError as error:
+            if error.code not in ("GZIP_CORRUPT", "SCAN_TRUNCATED"):
+                stream.drain()  # a damaged gzip stream explains whatever else was found
             raise
     if dtype.itemsize == 1 and np.count_nonzero(np.bincount(raw.view(np.uint8))) < MANY_GREYS:
         notes.append("few 8-bit values: it may be a label map rather than a scan")
@@ -331,13 +332,15 @@ def _matrices(header: Any, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """The matrix to use and, where the header has both, the other one (NaN where it cannot be computed)."""
     wrong = (ValueError, ArithmeticError, nibabel.spatialimages.HeaderDataError)
     try:
-        best = header.get_best_affine()
+        with np.errstate(all="ignore"):
+            best = header.get_best_affine()
     except wrong as error:
         raise bad_affine(path, f"its quaternion is wrong ({error}).") from error
     if int(header["sform_code"]) <= 0 or int(header["qform_code"]) <= 0:
         return best, None
     try:
-        return best, header.get_qform()
+        with np.errstate(all="ignore"):
+            return best, header.get_qform()
     except wrong:
         return best, np.full((4, 4), np.nan)
 
