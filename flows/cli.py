@@ -38,9 +38,7 @@ def _show_version(is_asked: bool) -> None:
 
 @app.callback()
 def options(
-    version: bool = typer.Option(
-        False, "--version", callback=_show_version, is_eager=True, help="Show the version."
-    ),
+    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Show the version."),
     debug: bool = typer.Option(False, "--debug", help="Show where in the code an error came from."),
 ) -> None:
     """Question answering on 3D medical volumes that keeps only the tokens a question needs.
@@ -69,9 +67,7 @@ def run(arguments: Sequence[str]) -> int:
         if is_debug:
             traceback.print_exc()
         fact = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        typer.echo(
-            f"photon: unexpected {fact} (`photon --debug ...` or PHOTON_DEBUG=1 shows where)", err=True
-        )
+        typer.echo(f"photon: unexpected {fact} (`photon --debug ...` or PHOTON_DEBUG=1 shows where)", err=True)
         return EXIT_FAULT
     return EXIT_OK
 

@@ -20,12 +20,12 @@ from flows.cli_support import (
     tracked,
 )
 from flows.progress import show_progress
+from pipelines.files import prepare_output_folder
 
 COMMANDS: list[Callable[..., Any]] = []
 
-Data = Annotated[
-    Path, typer.Option(help="Data folder: questions.jsonl and volumes/ (see docs/architecture.md).")
-]
+Data = Annotated[Path, typer.Option(help="Data folder: questions.jsonl and volumes/ (see docs/architecture.md).")]
+Checkpoint = Annotated[Path, typer.Option(help="Checkpoint folder of `photon train`.")]
 Modality = Annotated[str, typer.Option(help="auto, ct (values are HU) or mr (values have no unit).")]
 Track = Annotated[bool, typer.Option("--track/--no-track", help="Log the run to MLflow.")]
 
@@ -35,6 +35,7 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def command(*args: Any, **kwargs: Any) -> Any:
+        prepare_output_folder(settings.state_folder())
         settings.apply()
         return function(*args, **kwargs)
 
@@ -44,18 +45,12 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @_command
 def retrain(
-    preset: Annotated[
-        str, typer.Option(help="demo (minutes) or smoke (a quick check of every stage).")
-    ] = "demo",
+    preset: Annotated[str, typer.Option(help="demo (minutes) or smoke (a quick check of every stage).")] = "demo",
     output: Annotated[Path | None, typer.Option(help="Folder of the results; default out/<preset>.")] = None,
     data: Annotated[Path | None, typer.Option(help="Data folder; default the preset's own.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of phantoms and training.")] = 0,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Repeat stages that are finished and unchanged.")
-    ] = False,
-    prefect: Annotated[
-        bool, typer.Option("--prefect/--no-prefect", help="Run stages as Prefect flows.")
-    ] = True,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Repeat stages that are finished and unchanged.")] = False,
+    prefect: Annotated[bool, typer.Option("--prefect/--no-prefect", help="Run stages as Prefect flows.")] = True,
 ) -> None:
     """Run all stages: data, training, evaluation, ONNX, scoring, report.
 
@@ -64,16 +59,17 @@ def retrain(
 
     Example: `photon retrain --preset demo --output out/demo`
     """
+    from pipelines.retrain_spec import RetrainSpec
+
     folder = output or Path("out") / preset
+    spec = RetrainSpec.preset(preset, output=folder, data=data, seed=seed)
     if prefect:
         from flows.retrain import run_retrain
 
         summary = run_retrain(preset=preset, output=folder, data=data, seed=seed, is_fresh=fresh)
     else:
-        from pipelines.retrain_spec import RetrainSpec
         from pipelines.retraining import retrain as run_stages
 
-        spec = RetrainSpec.preset(preset, output=folder, data=data, seed=seed)
         summary = run_stages(spec, show_progress=show_progress, is_fresh=fresh)
     show_results(report=summary.with_name("report.html"), summary=summary)
 
@@ -147,14 +143,11 @@ def train(
 
     Example: `photon train --data data --output out/train --preset demo`
     """
-    import dataclasses
-
     from pipelines.train import TrainSpec
     from pipelines.train import train as run_stage
-
     from pipelines.versioning import folder_version
 
-    spec = dataclasses.replace(TrainSpec.preset(preset), seed=seed)
+    spec = TrainSpec.preset(preset, seed=seed)
     version = folder_version(data)
     with tracked("train", track, version) as tracker, show_progress("train") as on_progress:
         record = run_stage(spec, data, output, data_version=version, tracker=tracker, on_progress=on_progress)
@@ -168,8 +161,10 @@ def train(
 
 @_command
 def evaluate(
-    checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder of `photon train`.")],
-    blind_checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder of the text-only model.")],
+    checkpoint: Checkpoint = Path("out/train/checkpoint"),
+    blind_checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint of the text-only model; default: blind/ beside the other.")
+    ] = None,
     data: Data = Path("data"),
     output: Annotated[Path, typer.Option(help="Folder for answers and scores.")] = Path("out/evaluate"),
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
@@ -180,7 +175,7 @@ def evaluate(
     Writes answers.parquet (one row a policy and question) and evaluation.json; every score has its
     patient-level 95 % interval.
 
-    Example: `photon evaluate --checkpoint out/train/model --blind-checkpoint out/train/blind`
+    Example: `photon evaluate --checkpoint out/train/checkpoint --data data --output out/evaluate`
     """
     from pipelines.evaluate import evaluate as run_stage
     from pipelines.versioning import folder_version
@@ -191,7 +186,7 @@ def evaluate(
             checkpoint,
             data,
             output,
-            blind_checkpoint=blind_checkpoint,
+            blind_checkpoint=blind_checkpoint or checkpoint.with_name("blind"),
             split=split,
             data_version=version,
             tracker=tracker,
@@ -207,7 +202,7 @@ def evaluate(
 
 @_command
 def export(
-    checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder of `photon train`.")],
+    checkpoint: Checkpoint = Path("out/train/checkpoint"),
     data: Data = Path("data"),
     output: Annotated[Path, typer.Option(help="Folder for the ONNX model.")] = Path("out/export"),
 ) -> None:
@@ -215,7 +210,7 @@ def export(
 
     The pruning is inside the graph. Volumes of the data folder are the samples on which both are compared.
 
-    Example: `photon export --checkpoint out/train/model --output out/export`
+    Example: `photon export --checkpoint out/train/checkpoint --output out/export`
     """
     from pipelines.export import export as run_stage
 
@@ -235,9 +230,7 @@ def score(
     questions: Annotated[Path, typer.Option(help="JSON lines file; scan_id * asks every scan.")],
     model: Annotated[str, typer.Option(help="Export folder, or models:/photon@champion.")],
     output: Annotated[Path, typer.Option(help="Folder for scores.parquet.")] = Path("out/score"),
-    question_id: Annotated[
-        list[str] | None, typer.Option(help="Ask this one alone; may be repeated.")
-    ] = None,
+    question_id: Annotated[list[str] | None, typer.Option(help="Ask this one alone; may be repeated.")] = None,
     modality: Modality = "auto",
 ) -> None:
     """Ask every scan of an archive its questions, with onnxruntime.
@@ -279,6 +272,7 @@ def score(
 @_command
 def report(
     run: Annotated[Path, typer.Option(help="Output folder of `photon retrain`.")],
+    data: Data = Path("data"),
 ) -> None:
     """Write the HTML report of a run: numbers, curves, pictures of the kept tokens.
 
@@ -288,4 +282,4 @@ def report(
     """
     from pipelines.report import build_report
 
-    show_results(report=build_report(run))
+    show_results(report=build_report(run, data))

@@ -245,9 +245,7 @@ class _Run:
     def _rows(self, job: _Job) -> pl.DataFrame:
         """The rows of a job, whatever happens to it; only an interrupt ends the run."""
         if job.path is None:
-            return score_frame(
-                self._failed(job, job.questions, "SCAN_MISSING", "the archive has no such scan.")
-            )
+            return score_frame(self._failed(job, job.questions, "SCAN_MISSING", "the archive has no such scan."))
         try:
             self._volume_path(job).unlink(missing_ok=True)
             volume = resample(read_scan(job.path), self.answerer.volume_spec, self.modality)
@@ -280,9 +278,7 @@ class _Run:
             "seconds": float(answer.seconds),
         }
 
-    def _failed(
-        self, job: _Job, questions: Sequence[Question], code: str, message: str
-    ) -> list[dict[str, Any]]:
+    def _failed(self, job: _Job, questions: Sequence[Question], code: str, message: str) -> list[dict[str, Any]]:
         return [self._identity(job, question) | {"error": code, "message": message} for question in questions]
 
     def _identity(self, job: _Job, question: Question) -> dict[str, Any]:
