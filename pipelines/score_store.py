@@ -110,7 +110,8 @@ def write_part(part: Path, frame: pl.DataFrame) -> None:
 def join_parts(parts: Sequence[Path], table: Path) -> Path:
     """Write the rows of `parts`, in their order, as one table, streamed so that memory does not grow."""
     with atomic_path(table) as temporary:
-        pl.scan_parquet(list(parts), schema=SCORE_SCHEMA, glob=False).sink_parquet(temporary)
+        rows = pl.scan_parquet(list(parts), schema=SCORE_SCHEMA, glob=False)
+        rows.sink_parquet(temporary, row_group_size=4096)  # a group is held in memory until it is full
     return table
 
 

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -301,9 +302,16 @@ test_score.run_score(site, test_score.FakeModel(delay_s=0.15))
 """
 
 
-def start_slow_run(folder: Path) -> subprocess.Popen[bytes]:
+@contextmanager
+def slow_run(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that scores the archive in ``folder`` slowly; killed without warning at the end of the block."""
     command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(folder)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def wait_for_parts(folder: Path, count: int, process: subprocess.Popen[bytes]) -> None:
@@ -318,10 +326,8 @@ def test_killed_run_goes_on_with_each_row_exactly_once(tmp_path: Path) -> None:
     site = make_site(tmp_path, num_scans=10)
     whole = rows_of(run_score(site | {"output": tmp_path / "whole"}, FakeModel()))
     for num_parts in (2, 5):
-        process = start_slow_run(tmp_path)
-        wait_for_parts(tmp_path, num_parts, process)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        with slow_run(tmp_path) as process:
+            wait_for_parts(tmp_path, num_parts, process)
         assert not (site["output"] / "scores.parquet").exists()
     model = FakeModel()
     record = run_score(site, model)
@@ -332,13 +338,11 @@ def test_killed_run_goes_on_with_each_row_exactly_once(tmp_path: Path) -> None:
 
 def test_second_process_is_refused_and_a_dead_ones_lock_is_free(tmp_path: Path) -> None:
     site = make_site(tmp_path, num_scans=10)
-    process = start_slow_run(tmp_path)
-    wait_for_parts(tmp_path, 1, process)
-    with pytest.raises(PhotonError) as caught:
-        run_score(site, FakeModel())
-    assert caught.value.code == "OUTPUT_BUSY" and str(process.pid) in caught.value.fact
-    process.kill()
-    process.wait()
+    with slow_run(tmp_path) as process:
+        wait_for_parts(tmp_path, 1, process)
+        with pytest.raises(PhotonError) as caught:
+            run_score(site, FakeModel())
+        assert caught.value.code == "OUTPUT_BUSY" and str(process.pid) in caught.value.fact
     assert run_score(site, FakeModel()).rows == 21
 
 
