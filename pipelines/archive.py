@@ -13,7 +13,7 @@ import numpy as np
 from photon.errors import PhotonError
 from pipelines.files import prepare_output_folder, write_bytes
 from pipelines.questions import EVERY_SCAN, Question, read_questions, write_questions
-from pipelines.volumes import is_nifti_name, read_scan, sample_scans, write_scan
+from pipelines.volumes import GZIP_LEVEL, is_nifti_name, read_scan, sample_scans, write_scan
 
 QUESTIONS_NAME = "questions.jsonl"
 
@@ -60,7 +60,7 @@ def make_archive(
         if number == 0:
             shutil.copyfile(source, scans / source.name)
         else:
-            write_bytes(scans / f"{scan_id}.nii.gz", gzip.compress(source.read_bytes(), mtime=0))
+            write_bytes(scans / f"{scan_id}.nii.gz", gzip.compress(source.read_bytes(), GZIP_LEVEL, mtime=0))
     _write_broken(images / f"{scan_ids[0]}.nii", scans)
     if real_scans:
         _copy_scans(sample_scans(), prepare_output_folder(scans / "nibabel-samples"))
@@ -103,7 +103,7 @@ def _first_visits(table: Path, split: str) -> list[str]:
 
 def _write_broken(source: Path, folder: Path) -> None:
     """A scan cut in the middle, one with a flipped bit, one with two frames and one with a NaN."""
-    packed = bytearray(gzip.compress(source.read_bytes(), mtime=0))
+    packed = bytearray(gzip.compress(source.read_bytes(), GZIP_LEVEL, mtime=0))
     write_bytes(folder / "broken-truncated.nii.gz", bytes(packed[: len(packed) // 2]))
     packed[len(packed) // 2] ^= 0x10
     write_bytes(folder / "broken-bitflip.nii.gz", bytes(packed))

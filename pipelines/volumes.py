@@ -54,6 +54,7 @@ DARK_FRACTION = 0.02
 MANY_GREYS = 128
 MR_PERCENTILES = (0.5, 99.5)
 METADATA_KEY = "photon"
+GZIP_LEVEL = 1
 
 _HEADERS = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
 
@@ -163,7 +164,7 @@ def write_scan(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
     image.set_sform(affine, code="scanner")
     image.set_qform(affine, code="scanner")
     content = image.to_bytes()
-    write_bytes(path, gzip.compress(content, mtime=0) if path.name.endswith(".gz") else content)
+    write_bytes(path, gzip.compress(content, GZIP_LEVEL, mtime=0) if path.name.endswith(".gz") else content)
 
 
 def sample_scans() -> list[Path]:

@@ -1,0 +1,127 @@
+"""From a folder of scans to volumes and a manifest."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from photon.errors import PhotonError
+from pipelines.manifest import read_manifest
+from pipelines.preprocess import find_scans, preprocess
+from pipelines.volumes import VolumeSpec, read_volume, write_scan
+
+SPEC = VolumeSpec(spacing_mm=6.0, shape=(14, 28, 28), window_hu=(-200, 300))
+
+
+def put_scan(path: Path, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.random.RandomState(seed).randint(-900, 900, (12, 13, 14)).astype(np.int16)
+    write_scan(array, np.diag([4.0, 4.0, 5.0, 1.0]), path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two good scans, a truncated one, a DICOM series, another format and files that are no scans."""
+    scans = tmp_path / "in"
+    put_scan(scans / "a.nii", 1)
+    put_scan(scans / "deep" / "b.nii.gz", 2)
+    content = (scans / "a.nii").read_bytes()
+    (scans / "cut.nii.gz").write_bytes(gzip.compress(content)[:500])
+    for name in ("dicom/1.dcm", "dicom/2.dcm", "c.mha", "readme.txt", ".hidden.nii"):
+        (scans / name).parent.mkdir(exist_ok=True)
+        (scans / name).write_bytes(b"x")
+    return scans
+
+
+def test_one_bad_scan_costs_one_row(folder: Path, tmp_path: Path) -> None:
+    seen = []
+    record = preprocess(folder, tmp_path / "out", SPEC, on_progress=lambda *step: seen.append(step))
+    table = {row["scan_id"]: row for row in read_manifest(Path(record.manifest)).iter_rows(named=True)}
+    assert {scan_id: row["status"] for scan_id, row in table.items()} == {
+        "a": "ok",
+        "b": "ok",
+        "c.mha": "FORMAT_UNSUPPORTED",
+        "cut": "SCAN_TRUNCATED",
+        "dicom": "FORMAT_UNSUPPORTED",
+    }
+    assert (record.num_ok, record.num_refused) == (2, 3)
+    assert record.refused_by_code == {"FORMAT_UNSUPPORTED": 2, "SCAN_TRUNCATED": 1}
+    assert [step[:2] for step in seen] == [(n, 5) for n in range(1, 6)]
+    row = table["b"]
+    assert (row["source"], row["shape"], row["spacing_mm"]) == ("deep/b.nii.gz", [12, 13, 14], [4.0, 4.0, 5.0])
+    assert read_volume(tmp_path / "out" / row["volume"], SPEC).metadata["source_sha256"] == row["source_sha256"]
+    assert "convert" in table["dicom"]["message"].lower()
+
+
+def test_only_what_changed_is_done_again(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def run(spec: VolumeSpec = SPEC, modality: str = "auto") -> dict[str, int]:
+        preprocess(folder, out, spec, modality=modality)
+        return {path.stem: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+
+    first = run()
+    manifest = (out / "manifest.parquet").read_bytes()
+    (out / "manifest.parquet").unlink()  # as after a run that was killed
+    assert run() == first
+    assert (out / "manifest.parquet").read_bytes() == manifest
+    put_scan(folder / "a.nii", 9)
+    second = run()
+    assert second["a"] != first["a"] and second["b"] == first["b"]
+    (out / "b.safetensors").write_bytes((out / "b.safetensors").read_bytes()[:-2] + b"??")
+    third = run()
+    assert third["b"] != second["b"] and third["a"] == second["a"]
+    fourth = run(modality="ct")
+    assert not set(fourth.values()) & set(third.values())
+    other = VolumeSpec(spacing_mm=7.0, shape=(14, 28, 28), window_hu=(-200, 300))
+    assert not set(run(other, "ct").values()) & set(fourth.values())
+
+
+def test_the_number_of_workers_does_not_matter(tmp_path: Path) -> None:
+    for number in range(17):
+        put_scan(tmp_path / "in" / f"{number:02d}.nii", number)
+    for workers in (1, 2):
+        preprocess(tmp_path / "in", tmp_path / str(workers), SPEC, num_workers=workers)
+    names = sorted(path.name for path in (tmp_path / "1").iterdir())
+    assert len(names) == 18
+    for name in names:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def test_equal_names_get_different_ids(tmp_path: Path) -> None:
+    for name in ("a.nii", "a.nii.gz", "x/a.nii", "x_a.nii", "x/" + "long" * 52 + ".nii"):
+        put_scan(tmp_path / name)
+    sources = find_scans(tmp_path)
+    ids = [source.scan_id for source in sources]
+    assert len(set(ids)) == 5 and ids == [source.scan_id for source in find_scans(tmp_path)]
+    assert all(len(scan_id) < 200 and "/" not in scan_id for scan_id in ids)
+    assert preprocess(tmp_path, tmp_path / "out", SPEC).num_ok == 5
+
+
+def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(PhotonError, match="INPUT_MISSING"):
+        preprocess(tmp_path / "none", tmp_path / "out", SPEC)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PhotonError, match="ARCHIVE_EMPTY"):
+        preprocess(tmp_path / "empty", tmp_path / "out", SPEC)
+    put_scan(tmp_path / "in" / "a.nii")
+    (tmp_path / "file").touch()
+    with pytest.raises(PhotonError, match="OUTPUT_UNWRITABLE"):
+        preprocess(tmp_path / "in", tmp_path / "file", SPEC)
+    with pytest.raises(PhotonError, match="MODALITY_UNKNOWN"):
+        preprocess(tmp_path / "in", tmp_path / "out", SPEC, modality="xray")
+
+
+def test_a_scan_that_breaks_later_keeps_the_old_volume_but_not_the_row(tmp_path: Path) -> None:
+    path = put_scan(tmp_path / "in" / "a.nii")
+    put_scan(tmp_path / "in" / "b.nii")
+    preprocess(tmp_path / "in", tmp_path / "out", SPEC)
+    path.write_bytes(path.read_bytes()[:1000])
+    record = preprocess(tmp_path / "in", tmp_path / "out", SPEC)
+    row = read_manifest(Path(record.manifest)).row(0, named=True)
+    assert (row["status"], row["volume"]) == ("SCAN_TRUNCATED", None)
+    assert (tmp_path / "out" / "a.safetensors").is_file()
