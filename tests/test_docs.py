@@ -97,7 +97,7 @@ def tree_paths() -> list[str]:
     paths: list[str] = []
     folders: list[tuple[int, str]] = []
     for line in block.splitlines():
-        if not line.strip() or re.match(r"\s{20,}", line):
+        if not line.strip() or re.match(r"\s{12,}", line):
             continue
         indent = len(line) - len(line.lstrip())
         folders = [(depth, name) for depth, name in folders if depth < indent]
