@@ -114,7 +114,7 @@ def test_organs_have_their_density_and_noise() -> None:
         for label, low, high in (
             ("left lung", -880, -700),
             ("liver", 30, 150),
-            ("spleen", 80, 150),
+            ("spleen", 60, 150),
             ("spine", 150, 450),
         ):
             assert low < made.hu[made.labels == LABELS[label]].mean() < high
