@@ -96,9 +96,7 @@ def read_answers(source: Path) -> pl.DataFrame:
     except FileNotFoundError as error:
         raise PhotonError("TABLE_UNREADABLE", source, "the file does not exist.", remedy) from error
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise PhotonError(
-            "TABLE_UNREADABLE", source, f"it is not a Parquet table ({error}).", remedy
-        ) from error
+        raise PhotonError("TABLE_UNREADABLE", source, f"it is not a Parquet table ({error}).", remedy) from error
     if table.schema != pl.Schema(ANSWER_SCHEMA):
         different = sorted(set(table.schema.items()) ^ set(pl.Schema(ANSWER_SCHEMA).items()), key=str)
         raise PhotonError(

@@ -31,9 +31,7 @@ class MajorityAnswerer:
         for question in training:
             for key in _keys(question):
                 groups[key].append(question.answer)
-        self._best = {
-            key: _best_answer(answers, is_number=key[0] == "number") for key, answers in groups.items()
-        }
+        self._best = {key: _best_answer(answers, is_number=key[0] == "number") for key, answers in groups.items()}
 
     def answer(self, volume: Volume | None, questions: Sequence[Question]) -> list[Answer]:
         """One answer a question; the empty text when training held none of its kind. ``volume`` is not looked

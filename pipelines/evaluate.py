@@ -140,9 +140,7 @@ def _answer_scan(
             }
 
 
-def _row(
-    policy: str, question: Question, answer: Answer, organ: Retention | None, num_kept: int
-) -> dict[str, Any]:
+def _row(policy: str, question: Question, answer: Answer, organ: Retention | None, num_kept: int) -> dict[str, Any]:
     return {
         "policy": policy,
         "question_id": question.question_id,

@@ -68,17 +68,13 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> bytes:
         "Visual tokens kept": {"kept_fraction": "kept"},
         "Validation accuracy": {"val_accuracy": "accuracy"},
     }
-    shown = {
-        title: names for title, names in panels.items() if any(_curve(history, n)[0].size for n in names)
-    }
+    shown = {title: names for title, names in panels.items() if any(_curve(history, n)[0].size for n in names)}
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "training"}):
         figure = Figure(figsize=(PAGE_WIDTH_IN, 2.9), layout="constrained")
         for axes, (title, names) in zip(
             np.atleast_1d(figure.subplots(1, max(len(shown), 1))), shown.items(), strict=False
         ):
-            for colour, (name, label) in zip(
-                (COLOURS["photon"], COLOURS["blind"]), names.items(), strict=False
-            ):
+            for colour, (name, label) in zip((COLOURS["photon"], COLOURS["blind"]), names.items(), strict=False):
                 _draw_curve(axes, *_curve(history, name), colour=colour, label=label)
             _finish_curve_axes(axes, title, history, is_share=title != "Loss")
         return _svg(figure)
@@ -140,7 +136,7 @@ def kept_histograms(fractions: Mapping[str, Sequence[float]]) -> bytes:
     edges = np.linspace(0, 1, 41)
     ordered = sorted(fractions.items(), key=lambda item: float(np.mean(item[1])))
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "kept"}):
-        figure = Figure(figsize=(PAGE_WIDTH_IN, 0.6 + 0.36 * len(ordered)), layout="constrained")
+        figure = Figure(figsize=(PAGE_WIDTH_IN, 0.6 + 0.25 * len(ordered)), layout="constrained")
         axes = figure.subplots()
         for row, (_, values) in enumerate(ordered):
             counts = np.histogram(values, bins=edges)[0] / len(values)
@@ -175,7 +171,7 @@ def planes_picture(planes: Sequence[Plane], plane_in: float = PICTURE_PLANE_IN) 
     width_mm = sum(plane.width_mm for plane in planes) + gap_mm * (len(planes) - 1)
     height_mm = max(plane.height_mm for plane in planes)
     width_in = plane_in * len(planes)
-    with matplotlib.rc_context({**STYLE, "font.size": 8.5}):
+    with matplotlib.rc_context({**STYLE, "font.size": 13}):
         figure = Figure(figsize=(width_in, width_in * height_mm / width_mm), facecolor="black")
         left = 0.0
         for plane in planes:
@@ -218,9 +214,7 @@ def _draw_curve(axes: Axes, steps: Array, values: Array, *, colour: str, label: 
     axes.plot(steps[::thin], smooth[::thin], color=colour, linewidth=1.8, label=label)
 
 
-def _finish_curve_axes(
-    axes: Axes, title: str, history: Sequence[Mapping[str, Any]], *, is_share: bool
-) -> None:
+def _finish_curve_axes(axes: Axes, title: str, history: Sequence[Mapping[str, Any]], *, is_share: bool) -> None:
     axes.set_title(title, pad=18)
     axes.set_xlabel("step")
     axes.grid(axis="y", alpha=0.15, color=INK, linewidth=0.6)
@@ -247,8 +241,8 @@ def _percent_axis(axes: Axes) -> None:
 
 def _write_sides(axes: Axes, sides: tuple[str, str, str, str]) -> None:
     top, bottom, left, right = sides
-    outline = [withStroke(linewidth=2, foreground="black")]
-    for x, y, letter in ((0.5, 0.95, top), (0.5, 0.05, bottom), (0.035, 0.5, left), (0.965, 0.5, right)):
+    outline = [withStroke(linewidth=2.5, foreground="black")]
+    for x, y, letter in ((0.5, 0.94, top), (0.5, 0.06, bottom), (0.05, 0.5, left), (0.95, 0.5, right)):
         axes.text(
             x,
             y,

@@ -46,9 +46,7 @@ class Retention:
         return self.num_kept / self.num_tokens if self.num_tokens else None
 
 
-def read_organ_masks(
-    data: Path, scan_id: str, spec: VolumeSpec, organs: Iterable[str]
-) -> dict[str, BoolArray]:
+def read_organ_masks(data: Path, scan_id: str, spec: VolumeSpec, organs: Iterable[str]) -> dict[str, BoolArray]:
     """Masks, bool [Z, Y, X] on the grid of ``spec``, of those ``organs`` that are known and that the scan
     shows.
 
@@ -113,9 +111,7 @@ def kept_mask(kept: Sequence[int], num_tokens: int) -> BoolArray:
     """
     indices = np.asarray(kept, dtype=np.int64)
     if indices.size and (indices.min() < 0 or indices.max() >= num_tokens):
-        raise ValueError(
-            f"kept token indices {indices.min()}..{indices.max()} do not fit {num_tokens} tokens"
-        )
+        raise ValueError(f"kept token indices {indices.min()}..{indices.max()} do not fit {num_tokens} tokens")
     mask = np.zeros(num_tokens, dtype=bool)
     mask[indices] = True
     return mask

@@ -22,6 +22,7 @@ KEPT_EDGE = np.array([1.0, 0.72, 0.1], dtype=np.float32)
 ORGAN_EDGE = np.array([0.25, 0.9, 0.95], dtype=np.float32)
 DROPPED_BRIGHTNESS = 0.42
 TINT_STRENGTH = 0.14
+EDGE_PIXELS = 2
 PIXELS_PER_PLANE = 330
 """Planes are enlarged by a whole factor to about this many pixels, so that outlines are thin lines."""
 
@@ -86,19 +87,19 @@ def make_planes(
         pixels = _paint(grey, None if shown is None else shown[cut], None if organ is None else organ[cut])
         height, width = grey.shape
         planes.append(
-            Plane(
-                name=name, pixels=pixels, height_mm=height * row_mm, width_mm=width * column_mm, sides=sides
-            )
+            Plane(name=name, pixels=pixels, height_mm=height * row_mm, width_mm=width * column_mm, sides=sides)
         )
     return planes
 
 
 def display_window(voxels: NDArray[np.integer]) -> tuple[float, float]:
-    """Values to show as black and white: a soft-tissue window cut to the range of the volume, never of no
-    width."""
-    low, high = (float(value) for value in np.percentile(voxels, [0.5, 99.5]))
-    low, high = max(low, DISPLAY_WINDOW_HU[0]), min(high, DISPLAY_WINDOW_HU[1])
-    return (low, high) if high - low >= 1 else (low - 0.5, low + 0.5)
+    """Values to show as black and as white: a soft-tissue window cut to the range of the volume, or that
+    range where the two do not meet; never of no width."""
+    darkest, brightest = (float(value) for value in np.percentile(voxels, [0.5, 99.5]))
+    low, high = max(darkest, DISPLAY_WINDOW_HU[0]), min(brightest, DISPLAY_WINDOW_HU[1])
+    if high - low >= 1:
+        return low, high
+    return darkest - 0.5, brightest + 0.5
 
 
 def middle_of(mask: BoolArray) -> Index:
@@ -131,8 +132,10 @@ def _enlarge(image: np.ndarray, factor: int) -> np.ndarray:
 
 
 def _edge(mask: BoolArray) -> BoolArray:
-    """The outermost pixels of a mask [H, W]; the border of the image counts as outside."""
-    padded = np.pad(mask, 1)
-    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    """The two outermost pixels of a mask [H, W]; the border of the image counts as outside."""
+    inner = mask
+    for _ in range(EDGE_PIXELS):
+        padded = np.pad(inner, 1)
+        inner = inner & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     edge: BoolArray = mask & ~inner
     return edge

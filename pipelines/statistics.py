@@ -34,9 +34,7 @@ class Score(TypedDict):
     num_patients: int
 
 
-def mean_interval(
-    values: ArrayLike, patients: Sequence[str], *, bounds: Bounds = (0.0, 1.0), seed: int = 0
-) -> Score:
+def mean_interval(values: ArrayLike, patients: Sequence[str], *, bounds: Bounds = (0.0, 1.0), seed: int = 0) -> Score:
     """Mean over questions.
 
     Args:
@@ -52,9 +50,7 @@ def mean_interval(
     return ratio_interval(values, np.ones_like(values), patients, bounds=bounds, seed=seed)
 
 
-def paired_difference_interval(
-    first: ArrayLike, second: ArrayLike, patients: Sequence[str], *, seed: int = 0
-) -> Score:
+def paired_difference_interval(first: ArrayLike, second: ArrayLike, patients: Sequence[str], *, seed: int = 0) -> Score:
     """Mean of ``first - second``, two scores in [0, 1] of the same questions [Q]; within [-1, 1].
 
     Raises:
@@ -108,9 +104,7 @@ def balanced_accuracy_interval(
         The score; value 0 and the interval (0, 1) when one of the two classes is missing.
     """
     positive, correct = np.asarray(is_positive, dtype=bool), np.asarray(is_correct, dtype=bool)
-    columns = np.stack([positive & correct, positive, ~positive & correct, ~positive], axis=1).astype(
-        np.float64
-    )
+    columns = np.stack([positive & correct, positive, ~positive & correct, ~positive], axis=1).astype(np.float64)
     return interval(columns, patients, _balanced_accuracy_of_sums, seed=seed)
 
 

@@ -39,9 +39,7 @@ def differences(answers: pl.DataFrame) -> dict[str, Score]:
     scores = answers.pivot("policy", index=["question_id", "patient_id"], values="score").sort("question_id")
     patients = scores["patient_id"].to_list()
     return {
-        f"{first} - {second}": paired_difference_interval(
-            scores[first].to_numpy(), scores[second].to_numpy(), patients
-        )
+        f"{first} - {second}": paired_difference_interval(scores[first].to_numpy(), scores[second].to_numpy(), patients)
         for first, second in DIFFERENCES
     }
 
@@ -110,9 +108,7 @@ def tokens(answers: pl.DataFrame) -> dict[str, Any]:
         **_token_means(photon),
         "kept_by_question_min": int(kept.min()),
         "kept_by_question_max": int(kept.max()),
-        "kept_fraction_interval": ratio_interval(
-            kept, photon["num_tokens"].to_numpy(), photon["patient_id"].to_list()
-        ),
+        "kept_fraction_interval": ratio_interval(kept, photon["num_tokens"].to_numpy(), photon["patient_id"].to_list()),
         "by_subtype": _by(photon, "subtype", _token_means),
         "by_organ": _by(photon.filter(pl.col("organ") != ""), "organ", _token_means),
         "seconds_mean": {policy: _mean(_of_policy(answers, policy)["seconds"]) for policy in POLICIES},
@@ -148,12 +144,8 @@ def _of_policy(answers: pl.DataFrame, policy: str) -> pl.DataFrame:
     return answers.filter(pl.col("policy") == policy)
 
 
-def _by(
-    rows: pl.DataFrame, column: str, summary: Callable[[pl.DataFrame], dict[str, float]]
-) -> dict[str, Any]:
-    return {
-        name: summary(rows.filter(pl.col(column) == name)) for name in sorted(rows[column].unique().to_list())
-    }
+def _by(rows: pl.DataFrame, column: str, summary: Callable[[pl.DataFrame], dict[str, float]]) -> dict[str, Any]:
+    return {name: summary(rows.filter(pl.col(column) == name)) for name in sorted(rows[column].unique().to_list())}
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -199,9 +191,7 @@ def _finding(subtype: str, policy: str, rows: pl.DataFrame) -> dict[str, Any]:
     patients = rows["patient_id"].to_list()
     is_present = np.array([metrics.parse_presence(gold) is True for gold in rows["gold"]], dtype=bool)
     said = [metrics.parse_presence(predicted) for predicted in rows["predicted"]]
-    is_right = np.array(
-        [answer is truth for answer, truth in zip(said, is_present.tolist(), strict=True)], dtype=bool
-    )
+    is_right = np.array([answer is truth for answer, truth in zip(said, is_present.tolist(), strict=True)], dtype=bool)
     counts = metrics.confusion(rows["predicted"].to_list(), rows["gold"].to_list())
     return {
         "subtype": subtype,

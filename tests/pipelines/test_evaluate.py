@@ -24,9 +24,7 @@ from pipelines.tracking import MemoryTracker
 from pipelines.volumes import VOLUME_SPECS, Volume, read_scan, resample, write_scan, write_volume
 
 SPEC = VOLUME_SPECS["smoke"]  # 42 x 56 x 56 voxels of 6 mm: 3 x 2 x 2 = 12 tokens
-LPS = np.diag(
-    [-6.0, -6.0, 6.0, 1.0]
-)  # file axes (X, Y, Z) as the grid's, so that label voxels need no thought
+LPS = np.diag([-6.0, -6.0, 6.0, 1.0])  # file axes (X, Y, Z) as the grid's, so that label voxels need no thought
 LIVER_TOKENS = {0, 1}
 
 
@@ -36,9 +34,7 @@ def _question(scan: str, name: str, **fields: Any) -> Question:
         "question": "Is there a liver lesion?", "options": ("yes", "no"), "answer": "yes",
     }  # fmt: skip
     split = "train" if scan.startswith("train") else "test"
-    return Question(
-        question_id=f"{scan}-{name}", scan_id=scan, patient_id=f"p-{scan}", split=split, **values | fields
-    )
+    return Question(question_id=f"{scan}-{name}", scan_id=scan, patient_id=f"p-{scan}", split=split, **values | fields)
 
 
 def _questions_about(scan: str, is_ill: bool) -> list[Question]:
@@ -81,9 +77,7 @@ def _write_scan(folder: Path, scan: str) -> dict[str, Any]:
     image = np.full((56, 56, 42), -1000, dtype=np.int16)
     image[10:46, 10:46, :] = 50
     labels = np.zeros(image.shape, dtype=np.uint8)
-    labels[4:40, 4:20, 2:12] = LABELS[
-        "liver"
-    ]  # X spans both token columns, Y and Z the first token row and slab
+    labels[4:40, 4:20, 2:12] = LABELS["liver"]  # X spans both token columns, Y and Z the first token row and slab
     path = folder / "raw" / "images" / f"{scan}.nii"
     write_scan(image, LPS, path)
     write_scan(labels, LPS, folder / "raw" / "labels" / f"{scan}.nii")
@@ -132,9 +126,7 @@ def _open(checkpoint: Path, policy: str) -> Answerer:
 
 
 @pytest.fixture(scope="module")
-def evaluated(
-    data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[EvaluateRecord, MemoryTracker, Path]:
+def evaluated(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[EvaluateRecord, MemoryTracker, Path]:
     output, tracker = tmp_path_factory.mktemp("out") / "evaluate", MemoryTracker()
     record = evaluate(
         Path("model"), data, output, blind_checkpoint=Path("blind"), data_version="md5", tracker=tracker,
@@ -272,8 +264,7 @@ def test_majority_prefers_the_same_text_then_the_subtype_then_the_kind() -> None
 def test_majority_number_maximises_relative_accuracy_not_frequency() -> None:
     values = ["10 mL", "10 mL", "100 mL", "104 mL", "108 mL", "112 mL", "about that"]
     training = [
-        _question("train", str(index), kind="number", options=(), answer=value)
-        for index, value in enumerate(values)
+        _question("train", str(index), kind="number", options=(), answer=value) for index, value in enumerate(values)
     ]
     answer = MajorityAnswerer(training).answer(None, [_question("test", "n", kind="number", options=())])[0]
     assert answer.text in {"104 mL", "108 mL"}

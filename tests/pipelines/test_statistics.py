@@ -34,9 +34,7 @@ def test_order_of_the_questions_does_not_matter() -> None:
 def test_patients_are_resampled_not_questions() -> None:
     """Twenty identical answers of a patient carry as much as one: the interval must not shrink."""
     once = statistics.mean_interval([1.0, 0.0, 1.0, 0.0], list("abcd"))
-    often = statistics.mean_interval(
-        np.repeat([1.0, 0.0, 1.0, 0.0], 20), np.repeat(list("abcd"), 20).tolist()
-    )
+    often = statistics.mean_interval(np.repeat([1.0, 0.0, 1.0, 0.0], 20), np.repeat(list("abcd"), 20).tolist())
     assert (often["low"], often["high"]) == pytest.approx((once["low"], once["high"]))
     assert often["num_questions"] == 80
 
@@ -101,9 +99,7 @@ def test_balanced_accuracy_with_rare_positives() -> None:
     """Some resamples hold no positive; they are left out and nothing becomes NaN."""
     is_positive = [True] + [False] * 9
     is_correct = [True] + [True] * 6 + [False] * 3
-    score = statistics.balanced_accuracy_interval(
-        is_positive, is_correct, [f"p{index}" for index in range(10)]
-    )
+    score = statistics.balanced_accuracy_interval(is_positive, is_correct, [f"p{index}" for index in range(10)])
     assert score["value"] == pytest.approx((1 + 6 / 9) / 2)
     assert 0.5 < score["low"] < score["value"] < score["high"] <= 1.0
 
