@@ -39,6 +39,10 @@ class VisionConfig:
     """Blocks whose attention spans the whole depth slab."""
     in_channels: int = 1
     tokens_per_second: int = 2
+    intensity_mean: float = 0.0
+    """Subtracted from voxels in [0, 1] before the patch embedding; the public model takes them as they are."""
+    intensity_std: float = 1.0
+    """Divides what is left. A network trained from scratch needs inputs around 0 with a spread around 1."""
 
     @property
     def patch_voxels(self) -> int:
@@ -86,6 +90,7 @@ class PhotonConfig:
     rope_theta: float = 1e6
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
+    """Standard deviation of a fresh token embedding; matrices start at 1 / sqrt(inputs)."""
     vision_start_token_id: int
     vision_end_token_id: int
     video_token_id: int
@@ -181,6 +186,8 @@ class PhotonConfig:
                 fullatt_block_indexes=tuple(vision["fullatt_block_indexes"]),
                 in_channels=vision.get("in_chans", vision.get("in_channels", 1)),
                 tokens_per_second=vision.get("tokens_per_second", 2),
+                intensity_mean=vision.get("intensity_mean", 0.0),
+                intensity_std=vision.get("intensity_std", 1.0),
             ),
             pruning=PruningConfig(**photon),
         )
@@ -219,6 +226,8 @@ def tiny(vocab_size: int, *, special_ids: Mapping[str, int]) -> PhotonConfig:
         num_key_value_heads=2,
         vocab_size=vocab_size,
         mrope_section=(4, 4, 4),
+        # The public base of 1e6 turns the width axis by 1e-4 a token: over a 4 x 4 plane, positions look alike.
+        rope_theta=10.0,
         initializer_range=0.06,
         vision_start_token_id=special_ids["vision_start"],
         vision_end_token_id=special_ids["vision_end"],
@@ -232,6 +241,8 @@ def tiny(vocab_size: int, *, special_ids: Mapping[str, int]) -> PhotonConfig:
             out_hidden_size=96,
             window_size=56,
             fullatt_block_indexes=(1, 3),
+            intensity_mean=0.35,
+            intensity_std=0.25,
         ),
         pruning=PruningConfig(layer=1, min_tokens=4, seconds_per_grid=0.5),
     )

@@ -69,7 +69,8 @@ class Photon(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def initialise(self, seed: int) -> Photon:
-        """Fill every parameter from ``seed``: normal weights, zero biases, unit norms, the configured threshold."""
+        """Fill every parameter from ``seed``: matrices normal with variance 1 / inputs, zero biases, unit norms,
+        the patch embedding as local means, the configured first threshold."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -78,7 +79,10 @@ class Photon(nn.Module):
                 elif parameter.ndim == 1:
                     parameter.fill_(1.0)
                 else:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * self.config.initializer_range)
+                    is_embedding = name.endswith("embed_tokens.weight")
+                    std = self.config.initializer_range if is_embedding else parameter[0].numel() ** -0.5
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            self.visual.vision_patch_embed.initialise()
             last = self.model.predictor.mlp[2]
             assert isinstance(last, nn.Linear)
             last.bias.fill_(self.config.pruning.threshold_bias_init)

@@ -23,9 +23,24 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel, stride=kernel, bias=False)
+        self.mean, self.std = config.intensity_mean, config.intensity_std
 
     def forward(self, patches: Tensor) -> Tensor:
+        patches = (patches - self.mean) / self.std
         return F.linear(patches.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Start the first n^3 filters as means over an n x n x n division of the patch (n as large as fits).
+
+        White random filters see noise as well as anatomy, and a network from scratch spends hundreds of steps
+        learning to smooth.
+        """
+        weight = self.proj.weight
+        side = int(weight.shape[0] ** (1 / 3) + 1e-6)
+        depth, height, width = (_division(size, side) for size in weight.shape[2:])
+        means = torch.einsum("az,by,cx->abczyx", depth, height, width).flatten(0, 2)
+        weight[: side**3] = means[:, None] / weight.shape[1]
 
 
 class VisionAttention(nn.Module):
@@ -120,6 +135,13 @@ class VisionTower(nn.Module):
         exponent = torch.arange(quarter, dtype=torch.float32, device=rows_columns.device) / quarter
         frequency = 1.0 / ROTARY_BASE**exponent
         return rotary_table((rows_columns[:, :, None].float() * frequency).flatten(1))
+
+
+def _division(size: int, parts: int) -> Tensor:
+    """Rows that average ``parts`` consecutive pieces of ``size`` voxels: [parts, size]."""
+    piece = torch.arange(size) * parts // size
+    member = (piece == torch.arange(parts)[:, None]).float()
+    return member / member.sum(1, keepdim=True).clamp_min(1.0)
 
 
 def _numbered(ids: list[Tensor]) -> Tensor:
