@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 STATE := $(abspath .state)
+PORT ?= 4200
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test check bench ui serve clean
@@ -41,10 +42,11 @@ bench: $(STAMP)  ## run the benchmarks into benchmarks/results
 	@for bench in benchmarks/bench_*.py; do echo "$$bench"; $(BIN)/python "$$bench" || exit 1; done
 
 ui: $(STAMP)  ## show the tracked runs at http://127.0.0.1:5000
-	MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true $(BIN)/mlflow ui --backend-store-uri sqlite:///$(STATE)/mlflow.db
+	MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true \
+	  $(BIN)/mlflow ui --backend-store-uri sqlite:///$(STATE)/mlflow.db
 
 serve: $(STAMP)  ## run the schedules of prefect.yaml on this machine until Ctrl-C
-	$(BIN)/python -m flows.serve
+	$(BIN)/python -m flows.serve --port $(PORT)
 
 clean:  ## delete results and caches; keeps data, the environment and the tracked runs
 	rm -rf out build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -79,7 +79,7 @@ def embedded_server() -> Iterator[str]:
     Raises:
         RuntimeError: the server did not answer within ``START_TIMEOUT_S``.
     """
-    folder = apply()
+    apply()
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     if configured := PREFECT_API_URL.value():
@@ -88,36 +88,39 @@ def embedded_server() -> Iterator[str]:
 
     from prefect.server.api.server import SubprocessASGIServer
 
-    _stop_abandoned_servers(folder)
+    stop_abandoned_processes()
     server = SubprocessASGIServer()
     server.start(timeout=START_TIMEOUT_S)
-    note = _note_server(folder, server.server_process.pid) if server.server_process else None
+    assert server.server_process is not None
     try:
-        with temporary_settings({PREFECT_API_URL: server.api_url}):
+        with noted_process(server.server_process.pid), temporary_settings({PREFECT_API_URL: server.api_url}):
             yield server.api_url
             time.sleep(DRAIN_S)
     finally:
         server.stop()
-        if note is not None:
-            note.unlink(missing_ok=True)
 
 
-def _note_server(folder: Path, pid: int) -> Path:
-    notes = folder / "servers"
-    notes.mkdir(exist_ok=True)
+@contextmanager
+def noted_process(pid: int) -> Iterator[None]:
+    """Remember a process this one started, so that it can be stopped later if this one is killed."""
+    notes = state_folder() / "processes"
+    notes.mkdir(parents=True, exist_ok=True)
     note = notes / f"{pid}.json"
-    write_json(note, {"server": process_identity(pid), "owner": process_identity(os.getpid())})
-    return note
+    write_json(note, {"process": process_identity(pid), "owner": process_identity(os.getpid())})
+    try:
+        yield
+    finally:
+        note.unlink(missing_ok=True)
 
 
-def _stop_abandoned_servers(folder: Path) -> None:
-    """Stop servers whose job was killed before it could stop them."""
-    for note in (folder / "servers").glob("*.json"):
+def stop_abandoned_processes() -> None:
+    """Stop servers and workers whose owner was killed before it could stop them."""
+    for note in (state_folder() / "processes").glob("*.json"):
         with suppress(OSError, ValueError, KeyError):
             content = json.loads(note.read_text(encoding="utf-8"))
             if is_process_alive(content["owner"]):
                 continue
-            if is_process_alive(content["server"]):
+            if is_process_alive(content["process"]):
                 os.kill(int(note.stem), signal.SIGTERM)
             note.unlink(missing_ok=True)
 

@@ -105,9 +105,7 @@ def resolve_model(reference: str, destination: Path, store: Store | None = None)
     Raises:
         PhotonError: ``MODEL_UNKNOWN`` when the reference is malformed or names no version.
     """
-    remedy = (
-        "Give a folder, models:/<name>@<alias> or models:/<name>/<version>; `photon retrain` registers one."
-    )
+    remedy = "Give a folder, models:/<name>@<alias> or models:/<name>/<version>; `photon retrain` registers one."
     name, separator, which = reference.removeprefix(SCHEME).partition("@")
     if not separator:
         name, separator, which = name.partition("/")
@@ -133,9 +131,7 @@ def _download(store: Store, found: Any, folder: Path) -> None:
 
 def _ensure_model(store: Store, name: str) -> None:
     if found_or_none(store.client.get_registered_model, name) is None:
-        store.client.create_registered_model(
-            name, description="Photon exported to ONNX, one folder a version."
-        )
+        store.client.create_registered_model(name, description="Photon exported to ONNX, one folder a version.")
 
 
 def _decide(champion: Any | None, accuracy: float, data_version: str) -> tuple[str, str]:

@@ -25,6 +25,7 @@ class RetrainSpec:
         seed: of phantoms and training.
         experiment: MLflow experiment.
         model_name: name in the model registry.
+        more_scans: folder of further scans for the archive that is scored at the end.
         tracking_uri: MLflow store; None is the environment's.
     """
 
@@ -37,6 +38,7 @@ class RetrainSpec:
     seed: int = 0
     experiment: str = "photon"
     model_name: str = "photon"
+    more_scans: Path | None = None
     tracking_uri: str | None = None
 
     @classmethod
@@ -70,5 +72,5 @@ class RetrainSpec:
 
     def settings(self) -> dict[str, Any]:
         """What makes two runs differ, as plain values without paths."""
-        places = ("output", "data", "tracking_uri")
+        places = ("output", "data", "more_scans", "tracking_uri")
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in places}

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from photon.errors import PhotonError
 from pipelines.files import write_json
+from pipelines.provenance import environment_tags
 from pipelines.registry import RegisteredModel, register_model
 from pipelines.results import (
     DataRecord,
@@ -136,8 +137,8 @@ def train_model(job: Job, spec: RetrainSpec, version: VersionRecord) -> TrainRec
     """Train the model and its text-only twin."""
     from pipelines.train import TrainSpec, train
 
-    training = dataclasses.replace(TrainSpec.preset(spec.training), seed=spec.seed)
-    target = spec.output / "checkpoint"
+    training = TrainSpec.preset(spec.training, seed=spec.seed)
+    target = spec.output / "train"
     return job.run_stage(
         "train",
         TrainRecord,
@@ -150,14 +151,12 @@ def train_model(job: Job, spec: RetrainSpec, version: VersionRecord) -> TrainRec
             on_progress=on_progress,
         ),
         inputs={"training": dataclasses.asdict(training), "data_version": version.data_version},
-        outputs=[target],
+        outputs=[target / "checkpoint", target / "blind", target / "history.jsonl"],
         scratch=[target],
     )
 
 
-def evaluate_model(
-    job: Job, spec: RetrainSpec, version: VersionRecord, trained: TrainRecord
-) -> EvaluateRecord:
+def evaluate_model(job: Job, spec: RetrainSpec, version: VersionRecord, trained: TrainRecord) -> EvaluateRecord:
     """Score the model on the held-out patients."""
     from pipelines.evaluate import evaluate
 
@@ -199,9 +198,7 @@ def export_model(job: Job, spec: RetrainSpec, version: VersionRecord, trained: T
     )
 
 
-def register_export(
-    job: Job, spec: RetrainSpec, evaluated: EvaluateRecord, exported: ExportRecord
-) -> RegisteredModel:
+def register_export(job: Job, spec: RetrainSpec, evaluated: EvaluateRecord, exported: ExportRecord) -> RegisteredModel:
     """Give the export a version, and decide whether it becomes the champion."""
     accuracy = float(evaluated.accuracy["photon"]["value"])
     folder = Path(exported.folder)
@@ -230,21 +227,26 @@ def register_export(
 def score_archive(
     job: Job, spec: RetrainSpec, version: VersionRecord, exported: ExportRecord, registered: RegisteredModel
 ) -> ScoreRecord:
-    """Ask the exported model about an archive made of the held-out scans, some of them damaged on purpose."""
+    """Ask the exported model about an archive of held-out scans, damaged copies of one, and further scans."""
     from pipelines.archive import make_archive
     from pipelines.score import score
 
     target, archive = spec.output / "score", spec.output / "archive"
 
     def work(_tracker: Any, on_progress: Any) -> ScoreRecord:
-        folder = make_archive(spec.data, archive)
-        model = Path(exported.folder)
-        name = f"{registered.name}/{registered.version}"
-        questions = spec.data / "questions.jsonl"
-        return score(folder, questions, model, target, model_version=name, on_progress=on_progress)
+        make_archive(spec.data, archive, more_scans=spec.more_scans)
+        return score(
+            archive / "scans",
+            archive / "questions.jsonl",
+            Path(exported.folder),
+            target,
+            model_version=f"{registered.name}/{registered.version}",
+            on_progress=on_progress,
+        )
 
     inputs = {"model": content_digest(Path(exported.folder)), "data_version": version.data_version}
     inputs["model_version"] = registered.version
+    inputs["more_scans"] = content_digest(spec.more_scans) if spec.more_scans else ""
     scratch = [target, archive]
     return job.run_stage("score", ScoreRecord, work, inputs=inputs, outputs=[target], scratch=scratch)
 
@@ -257,7 +259,7 @@ def write_report(job: Job, spec: RetrainSpec, content: dict[str, Any]) -> Path:
         content["mlflow"]["runs"] = dict(job.run_ids)
         summary = spec.output / "summary.json"
         write_json(summary, content)
-        report = build_report(spec.output)
+        report = build_report(spec.output, spec.data, environment_tags())
         tracker.log_artifact(report)
     job.parent.log_summary(headline(content))
     job.parent.log_artifact(summary)

@@ -134,9 +134,7 @@ class MlflowTracker:
         from mlflow.entities import RunTag
 
         if tags:
-            self.client.log_batch(
-                self.run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()]
-            )
+            self.client.log_batch(self.run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
 
     def log_dataset(self, name: str, version: str, source: str) -> None:
         """The data the run used: a name, its DVC version (at most 36 characters) and its pointer file."""
@@ -182,13 +180,9 @@ def open_store(uri: str | None = None, experiment: str = "photon") -> Store:
         PhotonError: ``TRACKING_UNAVAILABLE`` when no URI is set or the store cannot be opened.
     """
     address = uri or os.environ.get("MLFLOW_TRACKING_URI", "")
-    remedy = (
-        "Set MLFLOW_TRACKING_URI to a server, or to sqlite:////absolute/path/mlflow.db in a writable folder."
-    )
+    remedy = "Set MLFLOW_TRACKING_URI to a server, or to sqlite:////absolute/path/mlflow.db in a writable folder."
     if not address:
-        raise PhotonError(
-            "TRACKING_UNAVAILABLE", "MLFLOW_TRACKING_URI", "no tracking store is configured.", remedy
-        )
+        raise PhotonError("TRACKING_UNAVAILABLE", "MLFLOW_TRACKING_URI", "no tracking store is configured.", remedy)
     for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.tracking.fluent"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     from mlflow.exceptions import MlflowException
@@ -259,9 +253,7 @@ def tracked_run(
 def terminate_abandoned_runs(store: Store) -> list[str]:
     """End, as KILLED, the runs that still say RUNNING although their process on this machine is gone."""
     ended = []
-    running = store.client.search_runs(
-        [store.experiment_id], "attributes.status = 'RUNNING'", max_results=1000
-    )
+    running = store.client.search_runs([store.experiment_id], "attributes.status = 'RUNNING'", max_results=1000)
     for run in running:
         process = run.data.tags.get(PROCESS_TAG)
         if process and not is_process_alive(process):
@@ -305,11 +297,7 @@ def _metrics(values: Mapping[str, float], step: int) -> list[Any]:
     from mlflow.entities import Metric
 
     now_ms = int(time.time() * 1000)
-    return [
-        Metric(name, float(value), now_ms, step)
-        for name, value in values.items()
-        if math.isfinite(float(value))
-    ]
+    return [Metric(name, float(value), now_ms, step) for name, value in values.items() if math.isfinite(float(value))]
 
 
 def _database_path(uri: str) -> Path | None:

@@ -53,10 +53,7 @@ def list_files(folder: Path) -> list[dict[str, str]]:
     if not paths:
         fact = "the folder holds no files." if folder.is_dir() else "the folder does not exist."
         raise PhotonError("DATA_MISSING", folder, fact, "Generate the data, or fetch it with `dvc pull`.")
-    return [
-        {"md5": file_digest(path, hashlib.md5), "relpath": path.relative_to(folder).as_posix()}
-        for path in paths
-    ]
+    return [{"md5": file_digest(path, hashlib.md5), "relpath": path.relative_to(folder).as_posix()} for path in paths]
 
 
 def folder_version(folder: Path) -> str:
@@ -125,9 +122,7 @@ def version_folder(data: Path, pointer: Path | None = None) -> VersionRecord:
         )
     else:
         status = "new"
-        message = (
-            f"{data.name} differs from {recorded}; {pointer.name} now records the new version {version}."
-        )
+        message = f"{data.name} differs from {recorded}; {pointer.name} now records the new version {version}."
     return VersionRecord(data_version=version, recorded_version=recorded, status=status, message=message)
 
 
@@ -154,9 +149,7 @@ def _add(data: Path, pointer: Path, version: str) -> None:
             try:
                 _call_dvc(project, data)
                 break
-            except (
-                Exception
-            ) as error:  # DVC's classes are many; all that matters is whether a lock was in the way
+            except Exception as error:  # DVC's classes are many; all that matters is whether a lock was in the way
                 if type(error).__name__ == "LockError" and attempt < LOCK_ATTEMPTS:
                     time.sleep(attempt)
                     continue
@@ -165,9 +158,7 @@ def _add(data: Path, pointer: Path, version: str) -> None:
                 raise PhotonError("DVC_FAILED", data, fact, remedy) from error
     if (counted := read_version(pointer)) != version:
         remedy = "Make sure nothing writes into the folder and that .dvcignore hides none of its files."
-        raise PhotonError(
-            "DVC_FAILED", data, f"DVC counts version {counted}, the bytes say {version}.", remedy
-        )
+        raise PhotonError("DVC_FAILED", data, f"DVC counts version {counted}, the bytes say {version}.", remedy)
 
 
 def _call_dvc(project: Path, data: Path) -> None:
@@ -193,9 +184,7 @@ def _prepare_project(project: Path) -> None:
         target = project / name
         if not target.exists():
             outside_git = name == ".dvc/config" and not is_checkout
-            write_text(
-                target, content.replace("[core]\n", "[core]\n    no_scm = true\n") if outside_git else content
-            )
+            write_text(target, content.replace("[core]\n", "[core]\n    no_scm = true\n") if outside_git else content)
 
 
 @contextlib.contextmanager

@@ -27,8 +27,8 @@ class FakeTrainSpec:
     seed: int = 0
 
     @classmethod
-    def preset(cls, _name: str) -> FakeTrainSpec:
-        return cls()
+    def preset(cls, _name: str, *, seed: int = 0) -> FakeTrainSpec:
+        return cls(seed=seed)
 
 
 @dataclass
@@ -69,7 +69,7 @@ def fake_stages(calls: Calls, accuracy: Callable[[], float]) -> dict[str, dict[s
         calls.note("train")
         on_progress(1, 1, "step")
         tracker.log({"loss": 1.0}, 1)
-        checkpoint = put(output / "photon", "model.safetensors", f"{spec}{data_version}").parent
+        checkpoint = put(output / "checkpoint", "model.safetensors", f"{spec}{data_version}").parent
         blind = put(output / "blind", "model.safetensors", "blind").parent
         return filled(
             TrainRecord,
@@ -104,8 +104,8 @@ def fake_stages(calls: Calls, accuracy: Callable[[], float]) -> dict[str, dict[s
             token_counts_checked=[3, 9], config_digest="c", data_version=data_version,
         )  # fmt: skip
 
-    def make_archive(data, output):
-        return put(output, "a.nii.gz", "scan").parent
+    def make_archive(data, output, *, more_scans):
+        return put(output, "questions.jsonl", "{}").parent
 
     def score(archive, questions, model, output, *, model_version, on_progress):
         calls.note("score")
@@ -117,7 +117,7 @@ def fake_stages(calls: Calls, accuracy: Callable[[], float]) -> dict[str, dict[s
             model_version=model_version, data_version="d",
         )  # fmt: skip
 
-    def build_report(run):
+    def build_report(run, data, provenance):
         calls.note("report")
         assert json.loads((run / "summary.json").read_text())["scoring"]["rows"] == 20
         return put(run, "report.html", "<html>")
@@ -139,9 +139,7 @@ class Bench:
     calls: Calls
 
     def parents(self) -> list[Any]:
-        runs = self.store.client.search_runs(
-            [self.store.experiment_id], order_by=["attributes.start_time ASC"]
-        )
+        runs = self.store.client.search_runs([self.store.experiment_id], order_by=["attributes.start_time ASC"])
         return [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
 
     def children(self, parent: str) -> dict[str, Any]:
@@ -224,7 +222,7 @@ def test_an_interrupted_stage_finds_what_it_had(bench: Bench) -> None:
     bench.calls.break_in = "train"
     with pytest.raises(KeyboardInterrupt):
         retrain(bench.spec)
-    left = bench.spec.output / "checkpoint" / "half.json"
+    left = bench.spec.output / "train" / "half.json"
     left.write_text("step 1")
     seen = []
     original = sys.modules["pipelines.train"].train
@@ -259,9 +257,7 @@ def test_fresh_repeats_everything_and_registers_the_next_version(bench: Bench) -
     assert (summary["registered_model"]["version"], summary["registered_model"]["alias"]) == ("2", "champion")
 
 
-@pytest.mark.parametrize(
-    "victim", ["checkpoint/photon/model.safetensors", "export/scan.onnx", "score/scores.parquet"]
-)
+@pytest.mark.parametrize("victim", ["train/checkpoint/model.safetensors", "export/scan.onnx", "score/scores.parquet"])
 def test_a_damaged_result_is_made_again(bench: Bench, victim: str) -> None:
     retrain(bench.spec)
     target = bench.spec.output / victim
@@ -269,7 +265,7 @@ def test_a_damaged_result_is_made_again(bench: Bench, victim: str) -> None:
     target.write_text("damaged")
     retrain(bench.spec)
     assert target.read_text() == content
-    stage = {"checkpoint": "train", "export": "export", "score": "score"}[victim.split("/")[0]]
+    stage = victim.split("/")[0]
     assert bench.calls.done == [*EVERY, stage, "report"]
 
 

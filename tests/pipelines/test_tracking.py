@@ -44,9 +44,7 @@ def test_opening_a_store_sets_write_ahead_log_and_absolute_artifacts(store: Stor
 
 
 def test_processes_that_open_a_fresh_database_together_all_succeed(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pipelines.tracking import open_store; print(open_store(sys.argv[1]).experiment_id)"
-    )
+    code = "import sys; from pipelines.tracking import open_store; print(open_store(sys.argv[1]).experiment_id)"
     uri = f"sqlite:///{tmp_path}/fresh.db"
     runs = [
         subprocess.Popen([sys.executable, "-c", code, uri], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -111,9 +109,7 @@ def test_a_killed_process_leaves_a_run_that_is_ended_later(store: Store) -> None
         "with tracked_run(open_store(sys.argv[1], 'trials'), 'doomed') as run:\n"
         "    print(run.run_id, flush=True); os._exit(9)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, store.uri], capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code, store.uri], capture_output=True, text=True, timeout=120)
     doomed = done.stdout.split()[-1]
     with tracked_run(store, "alive") as alive:
         assert tracking.run_status(store, doomed) == "RUNNING"

@@ -118,9 +118,7 @@ def test_callers_at_the_same_time_wait_for_each_other(data: Path) -> None:
     assert len(records) == 3
 
 
-def test_a_lock_held_elsewhere_is_waited_for_then_reported(
-    data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_held_elsewhere_is_waited_for_then_reported(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class LockError(Exception): ...
 
     calls = []
@@ -136,9 +134,7 @@ def test_a_lock_held_elsewhere_is_waited_for_then_reported(
     assert len(calls) == versioning.LOCK_ATTEMPTS
 
 
-@pytest.mark.parametrize(
-    "content", ["", "outs: []", "[1, 2", "outs:\n- md5: abc\n", "text", "outs:\n- path: data\n"]
-)
+@pytest.mark.parametrize("content", ["", "outs: []", "[1, 2", "outs:\n- md5: abc\n", "text", "outs:\n- path: data\n"])
 def test_a_broken_pointer_is_one_clear_error(data: Path, content: str) -> None:
     (data.parent / "data.dvc").write_text(content)
     with pytest.raises(PhotonError, match="POINTER_UNREADABLE"):
