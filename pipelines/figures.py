@@ -57,16 +57,17 @@ PICTURE_PLANE_IN = 3.2
 
 
 def training_curves(history: Sequence[Mapping[str, Any]]) -> bytes:
-    """Loss, kept fraction and validation accuracy over training steps, with the stages numbered, as SVG.
+    """Loss, kept fraction and accuracy over training steps, with the stages numbered, as SVG.
 
     Args:
-        history: rows with ``step`` and ``stage`` and any of ``loss``, ``answer_loss``, ``kept_fraction`` and
-            ``val_accuracy``; a row may lack or leave empty what was not measured then.
+        history: rows with ``step`` and ``stage`` and any of ``loss``, ``answer_loss``, ``kept_fraction``,
+            ``validation_accuracy`` and ``answer_token_accuracy``; a row may lack or leave empty what was not
+            measured then.
     """
     panels = {
         "Loss": {"loss": "total", "answer_loss": "answer"},
         "Visual tokens kept": {"kept_fraction": "kept"},
-        "Validation accuracy": {"val_accuracy": "accuracy"},
+        "Accuracy": {"validation_accuracy": "validation", "answer_token_accuracy": "training, by token"},
     }
     shown = {title: names for title, names in panels.items() if any(_curve(history, n)[0].size for n in names)}
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "training"}):
@@ -223,7 +224,7 @@ def _finish_curve_axes(axes: Axes, title: str, history: Sequence[Mapping[str, An
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     if len(axes.get_lines()) and len(axes.get_legend_handles_labels()[0]) > 1:
-        axes.legend(loc="upper right")
+        axes.legend(loc="lower right" if is_share else "upper right")
     in_data_by_axes = blended_transform_factory(axes.transData, axes.transAxes)
     for number, (step, _) in enumerate(stage_starts(history), start=1):
         axes.axvline(step, color=INK, alpha=0.35, linewidth=0.8, linestyle=(0, (3, 2)))

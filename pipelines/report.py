@@ -23,11 +23,13 @@ from pipelines.score_store import validate_scores
 
 REPORT_FILE = "report.html"
 
+STAGE_NAMES = {"soft": "soft masking", "hard": "hard pruning"}
+
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 Section = tuple[str, Markup]
 
 PLACES = {
-    "train": ("train/record.json", "records/train.json"),
+    "train": ("train/record.json", "checkpoint/record.json", "records/train.json"),
     "evaluate": ("evaluate/evaluation.json", "records/evaluate.json"),
     "export": ("export/record.json", "records/export.json"),
     "score": ("score/score.json", "score/record.json", "records/score.json"),
@@ -94,16 +96,19 @@ def _training(run: Path) -> Markup:
     source = _existing(Path(record.history), run / "checkpoint" / "history.jsonl", run / "train" / "history.jsonl")
     history = _read_history(source)
     stages = stage_starts(history)
-    names = ", ".join(f"{number} {stage} (from step {step})" for number, (step, stage) in enumerate(stages, 1))
+    names = ", ".join(
+        f"{number} {STAGE_NAMES.get(stage, stage)} (from step {step:,})"
+        for number, (step, stage) in enumerate(stages, start=1)
+    )
     chart = drawing(
         training_curves(history),
-        "Loss, share of visual tokens kept and validation accuracy over training steps",
+        "Loss, share of visual tokens kept and accuracy over training steps",
         f"Thin lines are single steps, thick lines running means. Stages: {names}.",
     )
     facts = [
         ("Steps", f"{record.num_steps:,}"),
         ("Time", _duration(record.elapsed_s)),
-        ("Last loss", f"{record.final_loss:.3f}"),
+        ("Last loss of the answers", f"{record.final_loss:.3f}"),
         ("Visual tokens kept at the end", report_evaluation.percent(record.kept_fraction)),
     ]
     return join(chart, definitions(facts))

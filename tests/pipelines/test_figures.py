@@ -31,14 +31,14 @@ def _history() -> list[dict[str, Any]]:
         {"step": step, "stage": "warm-up" if step < 60 else "hard pruning", "loss": 3 / (1 + step)}
         for step in range(100)
     ]
-    rows[50]["val_accuracy"] = 0.5
-    rows[51] |= {"val_accuracy": None, "kept_fraction": float("nan")}
+    rows[50]["validation_accuracy"] = 0.5
+    rows[51] |= {"validation_accuracy": None, "kept_fraction": float("nan")}
     return rows
 
 
 def test_training_curves_show_what_was_measured() -> None:
     texts = _texts(figures.training_curves(_history()))
-    assert {"Loss", "Validation accuracy"} <= set(texts)
+    assert {"Loss", "Accuracy"} <= set(texts)
     assert "Visual tokens kept" not in texts  # never measured as a number
     assert figures.stage_starts(_history()) == [(0, "warm-up"), (60, "hard pruning")]
 
