@@ -29,6 +29,7 @@ def source_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+@lru_cache(maxsize=1)
 def code_version() -> str:
     """``<commit>`` or ``<commit>-dirty`` in a git checkout of this project, else ``source-<digest>``."""
     if not (PROJECT / ".git").exists():
@@ -41,7 +42,7 @@ def code_version() -> str:
 
 
 def environment_tags() -> dict[str, str]:
-    """Python, platform, cores, accelerator and package versions. Names no user, host or path."""
+    """Python, platform, cores and package versions. Names no user, host or path."""
     tags = {
         "environment.python": platform.python_version(),
         "environment.platform": f"{platform.system()}-{platform.machine()}",
