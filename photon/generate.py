@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from photon.errors import PhotonError
-from photon.model.attention import padded_rows, starts_of
+from photon.model.attention import BlockAttention, padded_rows, starts_of
 from photon.model.decoder import QueryKeyValue
 from photon.model.network import Output, Photon
 from photon.model.packing import PackedBatch
@@ -57,8 +57,7 @@ def decode_step(model: Photon, ids: Tensor, positions: Tensor, cache: Cache) -> 
     table = model.model.rotary(positions.expand(3, -1))
     keys, values = [], []
     for index, layer in enumerate(model.model.layers):
-        attend = _OneRowAttention(cache.k[index], cache.v[index], mask)
-        x, state = layer(x, table, attend)
+        x, state = layer(x, table, BlockAttention(mask[:, None], cache.k[index], cache.v[index]))
         keys.append(state.k)
         values.append(state.v)
     grown = Cache(
@@ -67,27 +66,6 @@ def decode_step(model: Photon, ids: Tensor, positions: Tensor, cache: Cache) -> 
         mask,
     )
     return model.logits(x), grown
-
-
-@dataclass(frozen=True)
-class _OneRowAttention:
-    """One new row per branch over the branch's cache and itself."""
-
-    past_k: Tensor
-    past_v: Tensor
-    mask: Tensor
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k_all = torch.cat([self.past_k, k[:, None]], dim=1).transpose(1, 2)
-        v_all = torch.cat([self.past_v, v[:, None]], dim=1).transpose(1, 2)
-        share = q.shape[1] // k.shape[1]
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q[:, :, None],
-            k_all.repeat_interleave(share, dim=1),
-            v_all.repeat_interleave(share, dim=1),
-            attn_mask=self.mask[:, None, None],
-        )
-        return out[:, :, 0]
 
 
 def last_rows(batch: PackedBatch, output: Output) -> Tensor:

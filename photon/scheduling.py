@@ -141,10 +141,17 @@ def schedule(u: Tensor, valid: Tensor, predictor: ThresholdPredictor) -> Schedul
     delta = torch.where(usable, rho - theta[:, None], -torch.inf)
     p = torch.sigmoid(delta / predictor.config.temperature)
     preference = torch.where(usable, rho, torch.where(valid, -1.0, -2.0))
-    order = torch.argsort(preference, dim=-1, descending=True, stable=True)
-    rank = order.argsort(-1)
-    keep = valid & ((delta > 0) | (rank < predictor.config.min_tokens))
+    keep = valid & ((delta > 0) | highest(preference, predictor.config.min_tokens))
     return Schedule(u=u, rho=rho, theta=theta, p=p, keep=keep, valid=valid)
+
+
+def highest(values: Tensor, count: int) -> Tensor:
+    """The ``count`` highest values of every row [B, N] as a mask; of equal values the first ones."""
+    place = min(count, values.shape[-1]) - 1
+    lowest_taken = values.sort(-1, descending=True).values[:, place : place + 1]
+    above, level = values > lowest_taken, values == lowest_taken
+    room = place + 1 - above.sum(-1, keepdim=True)
+    return above | (level & (level.cumsum(-1) <= room))
 
 
 def invert(decision: Tensor, valid: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 A layout says which key rows each segment of query rows may see. Layers do not know which one they are given:
 
 * :class:`RaggedAttention` - segments of any length; each sees one or two ranges of key rows, causally or not.
-* :class:`MaskedAttention` - one explicit mask over all rows; the form that exports to ONNX.
+* :class:`BlockAttention` - blocks of equal length under an explicit mask; decoding, and the form that exports to ONNX.
 """
 
 from __future__ import annotations
@@ -103,12 +103,12 @@ class RaggedAttention:
 
 
 @dataclass(frozen=True)
-class MaskedAttention:
-    """One mask over all rows, with key rows computed earlier put in front.
+class BlockAttention:
+    """Blocks of equally many rows under one explicit mask, with key rows computed earlier put in front.
 
     Attributes:
-        mask: bool [Tq, Tp + Tk], True where a query may look.
-        past_k, past_v: [Tp, G, d] keys and values of earlier rows, or None.
+        mask: bool [B, Lq, Lp + Lq], True where a query may look.
+        past_k, past_v: [B, Lp, G, d] keys and values of earlier rows, or None.
     """
 
     mask: Tensor
@@ -116,9 +116,13 @@ class MaskedAttention:
     past_v: Tensor | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.past_k is not None and self.past_v is not None:
-            k, v = torch.cat([self.past_k, k]), torch.cat([self.past_v, v])
+        shape = (self.mask.shape[0], self.mask.shape[1])
         share = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
-        q, k, v = (rows.transpose(0, 1)[None] for rows in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)[0].transpose(0, 1)
+        q, k, v = q.unflatten(0, shape), k.unflatten(0, shape), v.unflatten(0, shape)
+        if self.past_k is not None and self.past_v is not None:
+            k, v = torch.cat([self.past_k, k], dim=1), torch.cat([self.past_v, v], dim=1)
+        # Heads are repeated by hand: the grouped form of the call has no ONNX counterpart.
+        k, v = k.repeat_interleave(share, dim=2), v.repeat_interleave(share, dim=2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask[:, None])
+        return out.transpose(1, 2).flatten(0, 1)

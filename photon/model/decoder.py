@@ -89,6 +89,6 @@ class Decoder(nn.Module):
         half = self.config.head_dim // 2
         exponent = torch.arange(half, dtype=torch.float32, device=positions.device) / half
         frequency = 1.0 / self.config.rope_theta**exponent
-        sections = torch.tensor(self.config.mrope_section, device=positions.device)
-        axis = torch.repeat_interleave(torch.arange(3, device=positions.device), sections, output_size=half)
+        sections = enumerate(self.config.mrope_section)
+        axis = torch.tensor([axis for axis, pairs in sections for _ in range(pairs)], device=positions.device)
         return rotary_table(positions.float().T[:, axis] * frequency)

@@ -93,7 +93,7 @@ def pack_batch(contexts: Sequence[Context], branches: Sequence[Branch], config: 
     """
     if any(branch.input_ids.numel() == 0 for branch in branches):
         raise PhotonError("PROMPT_INVALID", "prompt", "a branch has no tokens.", "Give every question a prompt.")
-    positions, nexts = zip(*(_context_positions(context, config) for context in contexts), strict=True)
+    positions, nexts = zip(*(context_positions(context, config) for context in contexts), strict=True)
     is_visual = torch.cat([context.input_ids == config.video_token_id for context in contexts])
     lengths = torch.tensor([context.input_ids.numel() for context in contexts])
     visual_counts = torch.tensor([int((c.input_ids == config.video_token_id).sum()) for c in contexts])
@@ -134,7 +134,7 @@ def _labels_of(branch: Branch) -> Tensor:
     return branch.labels
 
 
-def _context_positions(context: Context, config: PhotonConfig) -> tuple[Tensor, int]:
+def context_positions(context: Context, config: PhotonConfig) -> tuple[Tensor, int]:
     """Rotary positions [3, P] of a context, and the position at which its branches start."""
     expected = [num_visual_tokens(grid, config.vision) for grid in context.grids]
     is_visual = context.input_ids == config.video_token_id
