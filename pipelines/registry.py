@@ -8,6 +8,7 @@ The decision that gave a version its alias is written on the version as a tag.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,13 @@ def register_model(
     accuracy: float,
     data_version: str,
     config_digest: str = "",
+    measure: Callable[[Path], float] | None = None,
 ) -> RegisteredModel:
     """Register an accepted export and decide whether it becomes the champion.
 
-    The first version does. A later one is the challenger, and takes over when it answers the same frozen
-    test questions (equal ``data_version``) at least as well. On other data nothing can be said: it stays
-    challenger.
+    The first version does. A later one is the challenger, and takes over when it answers the same frozen test
+    questions at least as well. A champion that was measured on other data is fetched and measured on these first;
+    where that is impossible the new version stays challenger.
 
     Args:
         store: where the registry lives.
@@ -57,6 +59,7 @@ def register_model(
         accuracy: fraction of test questions answered rightly.
         data_version: DVC version of the data the accuracy was measured on.
         config_digest: digest of the model configuration.
+        measure: the accuracy of an export folder on the present data.
 
     Raises:
         PhotonError: ``MODEL_MISSING`` when the folder holds no ONNX file.
@@ -71,7 +74,8 @@ def register_model(
     source = f"{client.get_run(tracker.run_id).info.artifact_uri}/{ARTIFACT_FOLDER}"
     tags = {"accuracy": repr(accuracy), "data_version": data_version, "config_digest": config_digest}
     made = client.create_model_version(name, source, run_id=tracker.run_id, tags=tags)
-    alias, decision = _decide(champion, accuracy, data_version)
+    rival, obstacle = _rival_accuracy(store, champion, data_version, measure)
+    alias, decision = _decide(champion, accuracy, rival, obstacle)
     client.set_model_version_tag(name, made.version, "decision", decision)
     if alias == CHAMPION:
         if champion is not None:
@@ -134,14 +138,31 @@ def _ensure_model(store: Store, name: str) -> None:
         store.client.create_registered_model(name, description="Photon exported to ONNX, one folder a version.")
 
 
-def _decide(champion: Any | None, accuracy: float, data_version: str) -> tuple[str, str]:
+def _rival_accuracy(
+    store: Store, champion: Any | None, data_version: str, measure: Callable[[Path], float] | None
+) -> tuple[float | None, str]:
+    """The champion's accuracy on the present data, or None and why there is none."""
+    if champion is None:
+        return None, ""
+    if champion.tags.get("data_version") == data_version:
+        return float(champion.tags["accuracy"]), ""
+    if measure is None:
+        return None, "it was measured on other test data"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "champion"
+        _download(store, champion, folder)
+        try:
+            return measure(folder), ""
+        except PhotonError as error:
+            return None, f"it cannot answer the present test data: {error.fact}"
+
+
+def _decide(champion: Any | None, accuracy: float, rival: float | None, obstacle: str) -> tuple[str, str]:
     if champion is None:
         return CHAMPION, "the first version"
-    rival = f"version {champion.version}"
-    if champion.tags.get("data_version") != data_version:
-        return CHALLENGER, f"{rival} was measured on other test data, so the two cannot be compared"
-    known = float(champion.tags["accuracy"])
-    better = accuracy >= known
-    verb = "is not worse than" if better else "is worse than"
-    alias = CHAMPION if better else CHALLENGER
-    return alias, f"accuracy {accuracy:.4f} {verb} {known:.4f} of {rival} on the same test data"
+    if rival is None:
+        return CHALLENGER, f"not comparable with version {champion.version}: {obstacle}"
+    is_kept = accuracy < rival
+    verb = "is worse than" if is_kept else "is not worse than"
+    decision = f"accuracy {accuracy:.4f} {verb} {rival:.4f} of version {champion.version} on the same test data"
+    return (CHALLENGER if is_kept else CHAMPION), decision

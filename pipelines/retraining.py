@@ -189,8 +189,12 @@ def export_model(job: Job, spec: RetrainSpec, version: VersionRecord, trained: T
     return job.run_stage(
         "export",
         ExportRecord,
-        lambda _tracker, _on_progress: export(
-            Path(trained.checkpoint), spec.data, target, data_version=version.data_version
+        lambda _, on_progress: export(
+            Path(trained.checkpoint),
+            spec.data,
+            target,
+            data_version=version.data_version,
+            on_progress=on_progress,
         ),
         inputs=_checkpoint_inputs(version, trained),
         outputs=[target],
@@ -200,6 +204,8 @@ def export_model(job: Job, spec: RetrainSpec, version: VersionRecord, trained: T
 
 def register_export(job: Job, spec: RetrainSpec, evaluated: EvaluateRecord, exported: ExportRecord) -> RegisteredModel:
     """Give the export a version, and decide whether it becomes the champion."""
+    from pipelines.champion import accuracy_of
+
     accuracy = float(evaluated.accuracy["photon"]["value"])
     folder = Path(exported.folder)
     return job.run_stage(
@@ -213,6 +219,7 @@ def register_export(job: Job, spec: RetrainSpec, evaluated: EvaluateRecord, expo
             accuracy=accuracy,
             data_version=evaluated.data_version,
             config_digest=exported.config_digest,
+            measure=lambda rival: accuracy_of(rival, spec.data),
         ),
         inputs={
             "model": content_digest(folder),

@@ -15,6 +15,7 @@ import polars as pl
 import pytest
 
 from flows.retrain import run_retrain
+from pipelines.champion import accuracy_of
 from pipelines.registry import resolve_model
 from pipelines.tracking import open_store
 from pipelines.versioning import folder_version, read_version
@@ -96,6 +97,11 @@ def test_the_registered_model_is_the_export(summary: dict[str, Any], output: Pat
     folder, version = resolve_model(f"models:/{model['name']}@{model['alias']}", tmp_path)
     assert version == f"{model['name']}/{model['version']}"
     assert folder_version(folder) == folder_version(output / "export")
+
+
+def test_the_export_measured_anew_is_as_accurate_as_the_checkpoint(summary: dict[str, Any], output: Path) -> None:
+    measured = accuracy_of(output / "export", output / "data")
+    assert measured == pytest.approx(summary["accuracy"]["photon"]["value"], abs=1e-9)
 
 
 def test_no_process_is_left_behind(summary: dict[str, Any]) -> None:

@@ -94,7 +94,7 @@ def fake_stages(calls: Calls, accuracy: Callable[[], float]) -> dict[str, dict[s
             diagnostics={}, answers="a", split="test", data_version=data_version,
         )  # fmt: skip
 
-    def export(checkpoint, data, output, *, data_version):
+    def export(checkpoint, data, output, *, data_version, on_progress):
         calls.note("export")
         for name in ("scan.onnx", "question.onnx", "decode.onnx", "model.json"):
             put(output, name, name)

@@ -30,9 +30,11 @@ def export(tmp_path: Path) -> Path:
     return folder
 
 
-def register(store: Store, export: Path, name: str, accuracy: float, data_version: str = "d1.dir"):
+def register(store: Store, export: Path, name: str, accuracy: float, data_version: str = "d1.dir", measure=None):
     with tracked_run(store, "export") as tracker:
-        return register_model(store, tracker, export, name=name, accuracy=accuracy, data_version=data_version)
+        return register_model(
+            store, tracker, export, name=name, accuracy=accuracy, data_version=data_version, measure=measure
+        )
 
 
 def test_opening_a_store_sets_write_ahead_log_and_absolute_artifacts(store: Store) -> None:
@@ -150,6 +152,7 @@ def test_champion_and_challenger(store: Store, export: Path, tmp_path: Path) -> 
     assert (worse.version, worse.alias) == ("2", "challenger")
     elsewhere = register(store, export, "rivals", 0.99, data_version="d2.dir")
     assert (elsewhere.alias, "other test data" in elsewhere.decision) == ("challenger", True)
+    assert resolve_model("models:/rivals@challenger", tmp_path / "a", store)[1] == "rivals/3"
     assert resolve_model("models:/rivals@champion", tmp_path / "a", store)[1] == "rivals/1"
     (export / "scan.onnx").write_bytes(b"newer")
     equal = register(store, export, "rivals", 0.60)
@@ -162,6 +165,26 @@ def test_champion_and_challenger(store: Store, export: Path, tmp_path: Path) -> 
     assert resolve_model("models:/rivals/2", tmp_path / "a", store)[1] == "rivals/2"
     tags = store.client.get_model_version("rivals", "4").tags
     assert (tags["data_version"], tags["decision"]) == ("d1.dir", equal.decision)
+
+
+@pytest.mark.parametrize(("rival", "alias"), [(0.7, "champion"), (0.9, "challenger"), (None, "challenger")])
+def test_a_champion_of_other_data_is_measured_on_the_present(
+    store: Store, export: Path, rival: float | None, alias: str
+) -> None:
+    name = f"measured-{rival}"
+    register(store, export, name, 0.95)
+    champion = (export / "scan.onnx").read_bytes()
+    (export / "scan.onnx").write_bytes(b"newer")
+
+    def measure(folder: Path) -> float:
+        assert (folder / "scan.onnx").read_bytes() == champion
+        if rival is None:
+            raise PhotonError("MODEL_MISMATCH", folder, "it wants another grid.", "None.")
+        return rival
+
+    made = register(store, export, name, 0.8, data_version="d2.dir", measure=measure)
+    assert made.alias == alias
+    assert ("another grid" if rival is None else f"{rival:.4f}") in made.decision
 
 
 def test_mlflow_itself_downloads_the_champion(store: Store, export: Path, tmp_path: Path) -> None:
