@@ -1,0 +1,125 @@
+"""A seeded model small enough to run hundreds of times, and prompts for it: for tests and experiments.
+
+The architecture is the real one; only the numbers are small (patches of 2x2x2 voxels, 40 token ids).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from photon.config import PhotonConfig, PruningConfig, VisionConfig
+from photon.grid import Grid, num_visual_tokens
+from photon.model.network import Photon
+from photon.model.packing import IGNORE_INDEX, Branch, Context, pack_batch
+from photon.training.step import TrainingBatch
+
+NUM_WORDS = 36
+"""Token ids below this one are words; the four after them are special."""
+
+
+def micro_config(
+    *, vision: Mapping[str, Any] | None = None, pruning: Mapping[str, Any] | None = None, **changes: Any
+) -> PhotonConfig:
+    """A configuration of a few ten thousand parameters: 5 decoder layers, pruning after the second.
+
+    Args:
+        vision, pruning, changes: fields of the three configurations that should be different.
+    """
+    defaults: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": NUM_WORDS + 4,
+        "mrope_section": (1, 1, 2),
+        "rope_theta": 100.0,
+        "initializer_range": 0.5,
+        "vision_start_token_id": NUM_WORDS,
+        "vision_end_token_id": NUM_WORDS + 1,
+        "video_token_id": NUM_WORDS + 2,
+        "eos_token_id": NUM_WORDS + 3,
+        "vision": VisionConfig(
+            depth=3,
+            hidden_size=16,
+            intermediate_size=24,
+            num_heads=2,
+            out_hidden_size=32,
+            patch_size=2,
+            temporal_patch_size=2,
+            window_size=8,
+            fullatt_block_indexes=(1,),
+            intensity_mean=0.5,
+            intensity_std=0.3,
+        ),
+        "pruning": PruningConfig(layer=1, seconds_per_grid=1.0),
+    }
+    defaults["vision"] = dataclasses.replace(defaults["vision"], **(vision or {}))
+    defaults["pruning"] = dataclasses.replace(defaults["pruning"], **(pruning or {}))
+    return PhotonConfig(**defaults | changes)
+
+
+def micro_model(config: PhotonConfig | None = None, *, seed: int = 0) -> Photon:
+    """A model with every parameter drawn from ``seed``; norms and biases too, so that none is the neutral element."""
+    model = Photon(config or micro_config()).initialise(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def random_context(config: PhotonConfig, grids: Sequence[Grid], *, seed: int) -> Context:
+    """A prompt's shared part: a few words and each volume's tokens; empty without volumes."""
+    if not grids:
+        return Context(torch.zeros(0, dtype=torch.long), torch.zeros(0, config.vision.patch_voxels), ())
+    generator = torch.Generator().manual_seed(seed)
+    parts = [_words(3, generator)]
+    for grid in grids:
+        count = num_visual_tokens(grid, config.vision)
+        parts.append(torch.tensor([config.vision_start_token_id]))
+        parts.append(torch.full((count,), config.video_token_id))
+        parts.append(torch.tensor([config.vision_end_token_id]))
+    num_patches = sum(gz * gy * gx for gz, gy, gx in grids)
+    patches = torch.rand(num_patches, config.vision.patch_voxels, generator=generator)
+    return Context(torch.cat(parts), patches, tuple(grids))
+
+
+def random_branch(
+    config: PhotonConfig, context: int, *, num_question: int, num_answer: int = 0, seed: int = 0
+) -> Branch:
+    """A question of random words, an end of turn, two words, and an answer with its end of turn and labels.
+
+    With ``num_answer=0`` the branch ends where the answer would begin, and has no labels.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    end = torch.tensor([config.eos_token_id])
+    asked = torch.cat([_words(num_question, generator), end, _words(2, generator)])
+    if not num_answer:
+        return Branch(context, asked)
+    answer = torch.cat([_words(num_answer, generator), end])
+    return Branch(context, torch.cat([asked, answer]), torch.cat([torch.full_like(asked, IGNORE_INDEX), answer]))
+
+
+def training_batch(
+    contexts: Sequence[Context],
+    branches: Sequence[Branch],
+    config: PhotonConfig,
+    *,
+    perturbed: Sequence[int] = (),
+    flipped: Sequence[int] = (),
+) -> TrainingBatch:
+    """Pack contexts and branches for training; ``perturbed`` and ``flipped`` name branches by number."""
+    numbers = torch.arange(len(branches))
+    marks = [torch.isin(numbers, torch.tensor(list(chosen), dtype=torch.long)) for chosen in (perturbed, flipped)]
+    return TrainingBatch(pack_batch(contexts, branches, config), *marks)
+
+
+def _words(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(NUM_WORDS, (count,), generator=generator)
