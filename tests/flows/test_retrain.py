@@ -96,11 +96,11 @@ def test_the_registered_model_is_the_export(summary: dict[str, Any], output: Pat
     model = summary["registered_model"]
     folder, version = resolve_model(f"models:/{model['name']}@{model['alias']}", tmp_path)
     assert version == f"{model['name']}/{model['version']}"
-    assert folder_version(folder) == folder_version(output / "export")
+    assert folder_version(folder) == folder_version(output / "export" / "model")
 
 
 def test_the_export_measured_anew_is_as_accurate_as_the_checkpoint(summary: dict[str, Any], output: Path) -> None:
-    measured = accuracy_of(output / "export", output / "data")
+    measured = accuracy_of(output / "export" / "model", output / "data")
     assert measured == pytest.approx(summary["accuracy"]["photon"]["value"], abs=1e-9)
 
 
