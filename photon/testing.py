@@ -71,7 +71,7 @@ def micro_model(config: PhotonConfig | None = None, *, seed: int = 0) -> Photon:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
 
 

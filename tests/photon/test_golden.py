@@ -183,7 +183,8 @@ def test_gradients_agree(sample: str, mode: str) -> None:
         if name == "inputs_embeds":
             ours = torch.cat([x.grad for x in case.inputs if x.grad is not None])[None]
         else:
-            ours = gradients[name] if gradients[name] is not None else torch.zeros_like(value)
+            gradient = gradients[name]
+            ours = torch.zeros_like(value) if gradient is None else gradient
         if value.isnan().all():
             # The threshold network learns in neither the warm-up nor a disturbed branch.
             assert ".atp.predictor." in name and mode in ("warmup", "robust", "flip")
