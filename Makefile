@@ -19,8 +19,8 @@ help:  ## list these verbs
 venv: $(STAMP)  ## create .venv and install everything (the other verbs do it when needed)
 
 $(STAMP): pyproject.toml
-	@$(PYTHON) -c '$(FITS)' || { \
-	  echo "Photon needs Python 3.11 or 3.12, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)."; \
+	@$(PYTHON) -c '$(FITS)' 2>/dev/null || { \
+	  echo "Photon needs Python 3.11 or 3.12; '$(PYTHON)' says: $$($(PYTHON) --version 2>&1 | head -1)"; \
 	  echo "Install one of them, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'

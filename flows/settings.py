@@ -54,6 +54,7 @@ def _defaults(folder: Path) -> dict[str, str]:
         "DVC_NO_ANALYTICS": "true",
         "GIT_PYTHON_REFRESH": "quiet",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
         "NO_PROXY": "127.0.0.1,localhost",  # behind a proxy the embedded server would seem to time out
         "ORT_DISABLE_TELEMETRY": "1",
