@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from photon.config import PruningConfig
 
 DESCRIPTOR_SIZE = 12
+_EXACT = 2.0**14
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,10 @@ def normalise(u: Tensor, valid: Tensor) -> Tensor:
     """rho = (u - min) / (max - min + 1e-8) over the real entries; 0 elsewhere."""
     low = torch.where(valid, u, torch.inf).min(-1, keepdim=True).values
     high = torch.where(valid, u, -torch.inf).max(-1, keepdim=True).values
-    return torch.where(valid, (u - low) / (high - low + 1e-8), 0.0)
+    # Both sides of the fraction times 2^14, which is exact: the ONNX exporter takes a plain 1e-8 for zero and drops
+    # it, and equal scores would become 0 / 0.
+    rho = (u - low) * _EXACT / ((high - low) * _EXACT + 1e-8 * _EXACT)
+    return torch.where(valid, rho, 0.0)
 
 
 def describe(u: Tensor, rho: Tensor, valid: Tensor) -> Tensor:

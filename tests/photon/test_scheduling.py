@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from photon.config import PruningConfig
 from photon.scheduling import (
@@ -42,13 +42,19 @@ def naive_scores(q: Tensor, k: Tensor, k_visual: Tensor) -> Tensor:
     return u
 
 
+def last_bias(network: ThresholdPredictor) -> nn.Parameter:
+    last = network.mlp[2]
+    assert isinstance(last, nn.Linear)
+    return last.bias
+
+
 def predictor(bias: float = 0.0, **changes: object) -> ThresholdPredictor:
     """Threshold network that ignores its input: theta = 0.9 * sigmoid(bias)."""
     network = ThresholdPredictor(16, PruningConfig(layer=0, **changes))  # type: ignore[arg-type]
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.zero_()
-        network.mlp[2].bias.fill_(bias)
+        last_bias(network).fill_(bias)
     return network
 
 
@@ -123,6 +129,13 @@ def test_descriptor_agrees_with_torch(counts: tuple[int, ...]) -> None:
     assert not rho[~valid].any()
 
 
+@pytest.mark.parametrize("size", [1e-12, 1e-8, 1e-3, 1.0, 1e6])
+def test_scaling_is_the_formula_to_the_last_bit(size: float) -> None:
+    u = size * torch.randn(20, 9, generator=torch.Generator().manual_seed(0))
+    low, high = u.min(1, keepdim=True).values, u.max(1, keepdim=True).values
+    assert torch.equal(normalise(u, torch.ones_like(u, dtype=torch.bool)), (u - low) / (high - low + 1e-8))
+
+
 def test_decision_by_hand() -> None:
     """theta = 0.9 sigmoid(0) = 0.45; rho = (0, 0.25, 0.5, 1); p = sigmoid((rho - 0.45) / 0.2)."""
     decision = decide([1.0, 2.0, 3.0, 5.0])
@@ -139,6 +152,7 @@ def test_threshold_network() -> None:
     assert [tuple(p.shape) for p in network.parameters()] == [(4, 12), (4,), (1, 4), (1,)]
     x = torch.randn(3, 12)
     first, last = network.mlp[0], network.mlp[2]
+    assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
     hidden = torch.nn.functional.gelu(x @ first.weight.T + first.bias)
     expected = 0.7 * torch.sigmoid(hidden @ last.weight.T + last.bias)[:, 0]
     torch.testing.assert_close(network(x), expected)
@@ -149,7 +163,8 @@ def test_gradient_reaches_the_threshold_alone() -> None:
     u = torch.tensor([[1.0, 2.0, 5.0]], requires_grad=True)
     schedule(u.detach(), torch.ones(1, 3, dtype=torch.bool), network).p.sum().backward()
     assert u.grad is None
-    assert float(network.mlp[2].bias.grad) < 0, "a higher threshold keeps less"
+    slope = last_bias(network).grad
+    assert slope is not None and float(slope) < 0, "a higher threshold keeps less"
 
 
 @pytest.mark.parametrize("minimum", [1, 2, 4, 9])
@@ -197,7 +212,8 @@ def test_a_branch_without_tokens_decides_nothing_and_disturbs_no_other() -> None
     assert not both.keep[1].any() and not both.p[1].any()
     assert torch.equal(both.keep[:1], schedule(u[:1], torch.ones(1, 3, dtype=torch.bool), network).keep)
     both.p.sum().backward()
-    assert bool(torch.isfinite(network.mlp[2].bias.grad).all())
+    slope = last_bias(network).grad
+    assert slope is not None and bool(torch.isfinite(slope).all())
 
 
 def test_highest_takes_the_first_of_equal_values() -> None:

@@ -41,8 +41,8 @@ def by_hand(alignment: list[float], magnitude: list[float], p: list[float], rule
 )
 def test_rules_by_hand(rule: str, alignment: list[float], magnitude: list[float]) -> None:
     p = [0.5, 0.999, 0.2, 0.001, 0.7][: len(alignment)]
-    row = [torch.tensor([values]) for values in (alignment, magnitude, p)]
-    found = probability_gradient(*row, torch.ones_like(row[0], dtype=torch.bool), rule=rule)
+    a, m, q = (torch.tensor([values]) for values in (alignment, magnitude, p))
+    found = probability_gradient(a, m, q, torch.ones_like(a, dtype=torch.bool), rule=rule)
     torch.testing.assert_close(found, torch.tensor([by_hand(alignment, magnitude, p, rule)]), rtol=1e-5, atol=1e-7)
 
 
@@ -59,9 +59,9 @@ def test_rules_push_in_opposite_directions() -> None:
 def test_padding_changes_nothing(rule: str) -> None:
     a, m, p = torch.randn(1, 4), torch.rand(1, 4), torch.rand(1, 4)
     alone = probability_gradient(a, m, p, torch.ones(1, 4, dtype=torch.bool), rule=rule)
-    wide = [torch.cat([x, torch.full((1, 3), 77.0)], dim=1).expand(2, -1) for x in (a, m, p)]
+    wide_a, wide_m, wide_p = (torch.cat([x, torch.full((1, 3), 77.0)], dim=1).expand(2, -1) for x in (a, m, p))
     valid = torch.tensor([[True] * 4 + [False] * 3, [False] * 7])
-    found = probability_gradient(*wide, valid, rule=rule)
+    found = probability_gradient(wide_a, wide_m, wide_p, valid, rule=rule)
     torch.testing.assert_close(found[0, :4], alone[0])
     assert not found[0, 4:].any() and not found[1].any()
 
