@@ -102,6 +102,8 @@ class PhotonConfig:
         def refuse(fact: str) -> None:
             raise PhotonError("CONFIG_INVALID", "config.json", fact, "Use a configuration that fits together.")
 
+        if min(self.num_attention_heads, self.num_key_value_heads) < 1:
+            refuse(f"it has {self.num_attention_heads} heads and {self.num_key_value_heads} key/value heads.")
         if self.hidden_size % self.num_attention_heads:
             refuse(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads.")
         if self.num_attention_heads % self.num_key_value_heads:

@@ -98,16 +98,11 @@ class Trainer:
         stage = self.schedule.stage_at(step)
         self._set_learning_rates(step, stage)
         result = compute_loss(self.model, item, stage)
-        if not bool(torch.isfinite(result.loss)):
-            raise PhotonError(
-                "TRAINING_DIVERGED",
-                f"step {step}",
-                f"the loss became {float(result.loss.detach())} in the {stage} stage.",
-                "Lower the learning rate and start again from the last checkpoint.",
-            )
+        _refuse_divergence("loss", result.loss, step, stage)
         self.optimiser.zero_grad(set_to_none=True)
         result.loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        _refuse_divergence("gradient", norm, step, stage)
         self.optimiser.step()
         rate = self.optimiser.param_groups[0]["lr"]
         return StepReport(step, stage, rate, float(norm), result, time.perf_counter() - started)
@@ -144,8 +139,8 @@ class Trainer:
         settle_folder(folder)
         if not (folder / PROGRESS).is_file():
             return False
-        progress = json.loads((folder / PROGRESS).read_text())
-        if progress["run_digest"] != self.run_digest or read_config(folder) != self.model.config:
+        run_digest, num_steps_done = _read_progress(folder / PROGRESS)
+        if run_digest != self.run_digest or read_config(folder) != self.model.config:
             raise PhotonError(
                 "CHECKPOINT_MISMATCH",
                 folder,
@@ -154,7 +149,7 @@ class Trainer:
             )
         load_weights(self.model, load_tensors(folder / WEIGHTS), folder)
         self._load_optimiser(load_tensors(folder / OPTIMISER))
-        self.num_steps_done = progress["num_steps_done"]
+        self.num_steps_done = num_steps_done
         return True
 
     def _optimiser_tensors(self) -> dict[str, Tensor]:
@@ -169,6 +164,26 @@ class Trainer:
         for label, value in tensors.items():
             name, key = label.rsplit(":", 1)
             self.optimiser.state[parameters[name]][key] = value
+
+
+def _refuse_divergence(name: str, value: Tensor, step: int, stage: Stage) -> None:
+    if not bool(torch.isfinite(value)):
+        raise PhotonError(
+            "TRAINING_DIVERGED",
+            f"step {step}",
+            f"the {name} became {float(value.detach())} in the {stage} stage.",
+            "Lower the learning rate and start again from the last checkpoint.",
+        )
+
+
+def _read_progress(path: Path) -> tuple[str, int]:
+    try:
+        progress = json.loads(path.read_text(encoding="utf-8"))
+        return str(progress["run_digest"]), int(progress["num_steps_done"])
+    except (ValueError, KeyError, TypeError) as error:
+        fact = f"it does not tell how far the run was ({type(error).__name__}: {error})."
+        remedy = "Remove this folder to start the run anew."
+        raise PhotonError("CHECKPOINT_CORRUPT", path, fact, remedy) from error
 
 
 def _parameter_groups(model: Photon, config: OptimiserConfig) -> list[dict[str, Any]]:
