@@ -139,7 +139,8 @@ class BatchSource:
         return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
 
     def _scan_order(self, step: int) -> list[int]:
-        """Scans of a step: an epoch visits every scan once, in an order of its own."""
+        """Scans of a step. An epoch visits every scan once, in an order of its own; scans that do not fill a last
+        batch wait for a later epoch."""
         per_epoch = max(len(self.scans) // self.draw.scans_per_step, 1)
         epoch, place = divmod(step, per_epoch)
         shuffler = torch.Generator().manual_seed(self.seed * 7_919 + epoch)
@@ -166,6 +167,7 @@ class BatchSource:
 def shifted(voxels: np.ndarray, shift: tuple[int, ...], fill: int) -> np.ndarray:
     """Move a volume [Z, Y, X] by whole voxels, filling what comes in from outside."""
     out = np.full_like(voxels, fill)
+    shift = tuple(int(np.clip(s, -size, size)) for s, size in zip(shift, voxels.shape, strict=True))
     target = tuple(slice(max(s, 0), size + min(s, 0)) for s, size in zip(shift, voxels.shape, strict=True))
     source = tuple(slice(max(-s, 0), size + min(-s, 0)) for s, size in zip(shift, voxels.shape, strict=True))
     out[target] = voxels[source]

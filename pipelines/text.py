@@ -120,7 +120,8 @@ class Prompter:
 
     def unknown_words(self, text: str) -> list[str]:
         """Words of ``text`` that the vocabulary lacks."""
-        encoded = self.tokenizer.encode(_plain(text), add_special_tokens=False)
+        text = _plain(text)
+        encoded = self.tokenizer.encode(text, add_special_tokens=False)
         unknown = self._id(UNKNOWN)
         spans = zip(encoded.ids, encoded.offsets, strict=True)
         return sorted({text[start:end].strip() for token, (start, end) in spans if token == unknown})
@@ -142,4 +143,7 @@ class Prompter:
 
 def _plain(text: str) -> str:
     """Text with every special token defused, so that a question cannot open or close a turn."""
-    return re.sub(r"<\|[^|]*\|>", " ", text.replace("\n", " ")).strip()
+    text, num_found = text.replace("\n", " "), 1
+    while num_found:  # what surrounds a token may close up to another
+        text, num_found = re.subn(r"<\|[^|]*\|>", " ", text)
+    return text.strip()

@@ -1,0 +1,156 @@
+"""Batches drawn from the seed and the step; volumes moved; splits read."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from photon.config import PhotonConfig, tiny
+from photon.errors import PhotonError
+from photon.model.packing import IGNORE_INDEX
+from photon.training.step import TrainingBatch
+from pipelines.dataset import BatchSource, Draw, LabelledScan, read_split, scan_context, shifted, volume_patches
+from pipelines.text import Prompter, build_tokenizer
+
+DRAW = Draw(scans_per_step=2, questions_per_scan=3, max_shift=(2, 3, 4), robust_probability=0.5, flip_probability=0.5)
+
+
+@pytest.fixture(scope="module")
+def scans(smoke_data: Path) -> list[LabelledScan]:
+    return read_split(smoke_data, "train")
+
+
+@pytest.fixture(scope="module")
+def prompter(scans: list[LabelledScan]) -> Prompter:
+    return Prompter(build_tokenizer(t for scan in scans for q in scan.questions for t in (q.question, q.answer)))
+
+
+@pytest.fixture(scope="module")
+def config(prompter: Prompter) -> PhotonConfig:
+    return tiny(prompter.vocab_size, special_ids=prompter.special_ids)
+
+
+def source(
+    scans: list[LabelledScan], prompter: Prompter, config: PhotonConfig, seed: int = 0, **changes: object
+) -> BatchSource:
+    return BatchSource(scans, prompter, config, dataclasses.replace(DRAW, **changes), seed)  # type: ignore[arg-type]
+
+
+def same(first: TrainingBatch, second: TrainingBatch) -> bool:
+    pairs = [(first.is_perturbed, second.is_perturbed), (first.is_flipped, second.is_flipped)]
+    names = [f.name for f in dataclasses.fields(first.batch) if f.name != "grids"]
+    pairs += [(getattr(first.batch, name), getattr(second.batch, name)) for name in names]
+    return all(torch.equal(a, b) for a, b in pairs) and first.batch.grids == second.batch.grids
+
+
+def test_a_batch_depends_on_the_seed_and_the_step_alone(
+    scans: list[LabelledScan], prompter: Prompter, config: PhotonConfig
+) -> None:
+    first, again = source(scans, prompter, config), source(scans, prompter, config)
+    again.batch(0, True)  # batches drawn before must not matter
+    assert same(first.batch(5, True), again.batch(5, True))
+    assert not same(first.batch(5, True), first.batch(6, True))
+    assert not same(first.batch(5, True), source(scans, prompter, config, seed=1).batch(5, True))
+    assert same(first.blind_batch(5), again.blind_batch(5))
+
+
+def test_what_a_batch_holds(scans: list[LabelledScan], prompter: Prompter, config: PhotonConfig) -> None:
+    item = source(scans, prompter, config).batch(0, False)
+    batch = item.batch
+    assert batch.context_lengths.numel() == 2 and batch.branch_context.tolist() == [0] * 3 + [1] * 3
+    assert not item.is_flipped.any()
+    texts = {(q.question, q.answer) for scan in scans for q in scan.questions}
+    branches = batch.branch_ids.split(batch.branch_lengths.tolist())
+    labels = batch.labels.split(batch.branch_lengths.tolist())
+    for ids, label in zip(branches, labels, strict=True):
+        start = int((label != IGNORE_INDEX).nonzero()[0])
+        question = prompter.text(ids[: int((ids == config.eos_token_id).nonzero()[0])].tolist())
+        assert (question, prompter.text(label[start:].tolist())) in texts
+        assert bool((label[start:] == ids[start:]).all())
+        assert prompter.branch_ids(question).tolist() == ids[:start].tolist()
+
+
+def test_disturbed_branches(scans: list[LabelledScan], prompter: Prompter, config: PhotonConfig) -> None:
+    drawn = source(scans, prompter, config)
+    items = [drawn.batch(step, True) for step in range(20)]
+    perturbed = torch.stack([item.is_perturbed for item in items])
+    flipped = torch.stack([item.is_flipped for item in items])
+    assert torch.equal(perturbed[:, 0], perturbed[:, 2]), "a spoilt scan is spoilt for all its questions"
+    assert 0 < int(perturbed.sum()) < perturbed.numel() and bool(flipped.any())
+    assert not bool((perturbed & flipped).any())
+    calm = source(scans, prompter, config, robust_probability=0.0)
+    assert not any(bool(calm.batch(step, True).is_perturbed.any()) for step in range(10))
+
+
+@pytest.mark.parametrize(("per_step", "num_steps"), [(1, 8), (2, 4), (4, 2), (8, 1), (99, 1)])
+def test_an_epoch_visits_every_scan_once(
+    scans: list[LabelledScan], prompter: Prompter, config: PhotonConfig, per_step: int, num_steps: int
+) -> None:
+    eight = source(scans[:8], prompter, config, scans_per_step=per_step)
+    epochs = [[i for step in range(num_steps) for i in eight._scan_order(e * num_steps + step)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_an_epoch_that_does_not_divide_visits_no_scan_twice(
+    scans: list[LabelledScan], prompter: Prompter, config: PhotonConfig
+) -> None:
+    drawn = source(scans[:8], prompter, config, scans_per_step=3)
+    visited = [i for step in range(2) for i in drawn._scan_order(step)]
+    assert len(visited) == len(set(visited)) == 6
+    assert {i for step in range(12) for i in drawn._scan_order(step)} == set(range(8)), "left out once, not for ever"
+
+
+def test_blind_batch_has_no_scan(scans: list[LabelledScan], prompter: Prompter, config: PhotonConfig) -> None:
+    item = source(scans, prompter, config).blind_batch(3)
+    assert item.batch.visual_rows.numel() == item.batch.patches.numel() == item.batch.context_ids.numel() == 0
+    assert item.batch.branch_lengths.numel() == 6
+    assert not item.is_perturbed.any() and not item.is_flipped.any()
+
+
+def test_patches_are_the_volume_in_zero_to_one(
+    scans: list[LabelledScan], prompter: Prompter, config: PhotonConfig
+) -> None:
+    volume = scans[0].volume
+    patches, grid = volume_patches(volume, config)
+    low, high = volume.spec.window_hu
+    corner = (volume.voxels[:14, :14, :14].astype(np.float32) - low) / (high - low)
+    np.testing.assert_allclose(patches[0].reshape(14, 14, 14).numpy(), corner, atol=1e-6)
+    assert grid == (3, 4, 4) and float(patches.min()) >= 0.0 and float(patches.max()) <= 1.0
+    context = scan_context(volume, prompter, config)
+    assert int((context.input_ids == config.video_token_id).sum()) == 12
+
+
+def test_shifted() -> None:
+    voxels = np.arange(24).reshape(2, 3, 4)
+    moved = shifted(voxels, (1, -1, 2), -7)
+    assert moved.shape == voxels.shape
+    for z, y, x in np.ndindex(2, 3, 4):
+        came_from = (z - 1, y + 1, x - 2)
+        is_inside = all(0 <= i < n for i, n in zip(came_from, voxels.shape, strict=True))
+        assert moved[z, y, x] == (voxels[came_from] if is_inside else -7)
+    assert np.array_equal(shifted(voxels, (0, 0, 0), -7), voxels)
+
+
+@pytest.mark.parametrize("shift", [(2, 0, 0), (0, -5, 0), (9, -9, 9)])
+def test_a_volume_moved_out_of_sight_is_empty(shift: tuple[int, int, int]) -> None:
+    assert (shifted(np.ones((2, 3, 4)), shift, -7) == -7).all()
+
+
+def test_splits_have_their_own_scans(smoke_data: Path) -> None:
+    found = {split: read_split(smoke_data, split) for split in ("train", "val", "test")}
+    ids = {split: {q.scan_id for scan in scans for q in scan.questions} for split, scans in found.items()}
+    assert not ids["train"] & ids["test"] and not ids["train"] & ids["val"]
+    for scans in found.values():
+        for scan in scans:
+            assert len({q.scan_id for q in scan.questions}) == 1 and len(scan.questions) >= 10
+
+
+def test_a_split_nobody_asks_about_is_refused(smoke_data: Path) -> None:
+    with pytest.raises(PhotonError, match="'holdout'") as caught:
+        read_split(smoke_data, "holdout")
+    assert caught.value.code == "SPLIT_EMPTY"
