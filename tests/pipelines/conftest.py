@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,21 +11,10 @@ import torch
 from pipelines.export import export
 from pipelines.phantoms import PhantomSpec, generate
 from pipelines.preprocess import preprocess
-from pipelines.results import ExportRecord, TrainRecord
 from pipelines.train import TrainSpec, train
 from pipelines.volumes import VOLUME_SPECS
 
 DATA_VERSION = "0123456789abcdef.dir"
-
-
-@dataclass(frozen=True)
-class SmokeRun:
-    """A trained and exported model, and the data folder it learned from."""
-
-    data: Path
-    folder: Path
-    trained: TrainRecord
-    exported: ExportRecord
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,9 +37,16 @@ def smoke_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smoke_run(smoke_data: Path) -> SmokeRun:
-    """The smoke preset trained and exported. Read it only."""
-    folder = smoke_data.parent
-    trained = train(TrainSpec.preset("smoke"), smoke_data, folder / "train", data_version=DATA_VERSION)
-    exported = export(folder / "train" / "checkpoint", smoke_data, folder / "export", data_version=DATA_VERSION)
-    return SmokeRun(smoke_data, folder, trained, exported)
+def trained(smoke_data: Path) -> Path:
+    """The folder of a finished smoke training run. Read it only."""
+    folder = smoke_data.parent / "train"
+    train(TrainSpec.preset("smoke"), smoke_data, folder, data_version=DATA_VERSION)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(smoke_data: Path, trained: Path) -> Path:
+    """The folder of an accepted export of that run; its making is most of these tests' time. Read it only."""
+    folder = smoke_data.parent / "export"
+    export(trained / "checkpoint", smoke_data, folder, data_version=DATA_VERSION)
+    return folder

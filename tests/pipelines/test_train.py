@@ -1,0 +1,148 @@
+"""The train stage: what it writes, and that a killed run ends where an unbroken one does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from photon.checkpoint import WEIGHTS, load_tensors, read_config, read_model
+from photon.errors import PhotonError
+from photon.training.stages import StageSchedule
+from pipelines.results import TrainRecord
+from pipelines.text import TOKENIZER, Prompter
+from pipelines.tracking import MemoryTracker
+from pipelines.train import PROVENANCE, TrainSpec, train
+
+SMOKE = TrainSpec.preset("smoke")
+MICRO = dataclasses.replace(
+    SMOKE,
+    schedule=StageSchedule(alignment=1, warm_up=2, soft=1, hard=2, flip_after=1),
+    draw=dataclasses.replace(SMOKE.draw, scans_per_step=2, questions_per_scan=2),
+    pruned_draw=dataclasses.replace(SMOKE.pruned_draw, scans_per_step=1, questions_per_scan=2),
+    blind_steps=2,
+    validate_every=3,
+    save_every=2,
+)
+
+
+class Killed(BaseException):
+    """Not caught by anything on the way."""
+
+
+def history(folder: Path) -> list[dict[str, object]]:
+    rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "elapsed_s"} for row in rows]
+
+
+def weights_equal(first: Path, second: Path) -> bool:
+    ours, theirs = load_tensors(first / WEIGHTS), load_tensors(second / WEIGHTS)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture(scope="module")
+def whole(smoke_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainRecord, MemoryTracker]:
+    """A run nobody interrupted."""
+    folder, tracker = tmp_path_factory.mktemp("whole"), MemoryTracker()
+    return folder, train(MICRO, smoke_data, folder, data_version="v1", tracker=tracker), tracker
+
+
+def test_what_a_run_leaves(whole: tuple[Path, TrainRecord, MemoryTracker]) -> None:
+    folder, record, _ = whole
+    rows = history(folder)
+    assert [row["step"] for row in rows] == list(range(6))
+    assert [row["stage"] for row in rows] == ["alignment", "warm-up", "warm-up", "soft", "hard", "hard"]
+    assert [("validation_accuracy" in row) for row in rows] == [False, False, True, False, False, True]
+    assert all(row["kept_fraction"] == 1.0 for row in rows[:3])
+    assert all(0.0 < float(str(row["kept_fraction"])) < 1.0 for row in rows[3:])
+    assert TrainRecord.read(folder / "record.json") == record
+    assert record.final_loss == rows[-1]["answer_loss"] and record.num_steps == 6
+    for name, path in (("checkpoint", record.checkpoint), ("blind", record.blind_checkpoint)):
+        assert path == str(folder / name)
+        assert read_config(Path(path)).digest() == record.config_digest
+        assert Prompter.read(Path(path) / TOKENIZER).vocab_size == read_config(Path(path)).vocab_size
+        assert json.loads((Path(path) / PROVENANCE).read_text())["data_version"] == "v1"
+        assert all(bool(torch.isfinite(p).all()) for p in read_model(Path(path)).parameters())
+    assert not weights_equal(folder / "checkpoint", folder / "blind")
+
+
+def test_what_is_tracked(whole: tuple[Path, TrainRecord, MemoryTracker]) -> None:
+    content = json.dumps(vars(whole[2]), default=str)
+    for name in ("answer_loss", "kept_fraction", "tokens_per_sample", "validation_accuracy", "data_version"):
+        assert name in content
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 7])
+def test_a_killed_run_ends_where_an_unbroken_one_does(
+    smoke_data: Path, tmp_path: Path, whole: tuple[Path, TrainRecord, MemoryTracker], step: int
+) -> None:
+    """Killed in warm-up, soft, hard and in the text-only baseline, with steps done since the last save."""
+
+    def kill(done: int, total: int, label: str) -> None:
+        assert total == 8
+        if done == step + 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(MICRO, smoke_data, tmp_path, data_version="v1", on_progress=kill)
+    assert not (tmp_path / "record.json").exists()
+    record = train(MICRO, smoke_data, tmp_path, data_version="v1")
+    for name in ("checkpoint", "blind"):
+        assert weights_equal(tmp_path / name, whole[0] / name), name
+    assert history(tmp_path) == history(whole[0])
+    assert record.final_loss == whole[1].final_loss
+
+
+def test_a_line_cut_short_by_the_kill_is_written_again(
+    smoke_data: Path, tmp_path: Path, whole: tuple[Path, TrainRecord, MemoryTracker]
+) -> None:
+    def kill(done: int, total: int, label: str) -> None:
+        if done == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(MICRO, smoke_data, tmp_path, data_version="v1", on_progress=kill)
+    path = tmp_path / "history.jsonl"
+    path.write_text(path.read_text()[:-9])
+    train(MICRO, smoke_data, tmp_path, data_version="v1")
+    assert history(tmp_path) == history(whole[0])
+
+
+def test_a_finished_run_does_nothing_again(smoke_data: Path, whole: tuple[Path, TrainRecord, MemoryTracker]) -> None:
+    def fail(done: int, total: int, label: str) -> None:
+        pytest.fail(f"step {done} was done again")
+
+    before = (whole[0] / "checkpoint" / WEIGHTS).read_bytes()
+    record = train(MICRO, smoke_data, whole[0], data_version="v1", on_progress=fail)
+    assert record.final_loss == whole[1].final_loss
+    assert (whole[0] / "checkpoint" / WEIGHTS).read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["seed", "data"])
+def test_another_run_in_the_same_folder_is_refused(
+    smoke_data: Path, whole: tuple[Path, TrainRecord, MemoryTracker], change: str
+) -> None:
+    spec = dataclasses.replace(MICRO, seed=1) if change == "seed" else MICRO
+    before = {path: path.read_bytes() for path in whole[0].rglob("*") if path.is_file()}
+    with pytest.raises(PhotonError) as caught:
+        train(spec, smoke_data, whole[0], data_version="v2" if change == "data" else "v1")
+    assert caught.value.code == "CHECKPOINT_MISMATCH"
+    assert {path: path.read_bytes() for path in whole[0].rglob("*") if path.is_file()} == before
+
+
+def test_presets() -> None:
+    assert TrainSpec.preset("demo").digest() != SMOKE.digest() != TrainSpec.preset("smoke", seed=1).digest()
+    assert TrainSpec.preset("smoke").digest() == SMOKE.digest()
+    with pytest.raises(PhotonError, match="demo, smoke") as caught:
+        TrainSpec.preset("huge")
+    assert caught.value.code == "PRESET_UNKNOWN"
+
+
+def test_an_output_that_cannot_be_written_is_refused(smoke_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PhotonError) as caught:
+        train(MICRO, smoke_data, tmp_path / "file", data_version="v1")
+    assert caught.value.code == "OUTPUT_UNWRITABLE"
