@@ -131,7 +131,7 @@ class PhotonConfig:
 
     def digest(self) -> str:
         """Twelve hex digits that name this configuration."""
-        return hashlib.sha256(json.dumps(self.to_hf(), sort_keys=True).encode()).hexdigest()[:12]
+        return content_digest(self.to_hf())
 
     @classmethod
     def from_hf(cls, content: Mapping[str, Any]) -> PhotonConfig:
@@ -213,24 +213,29 @@ class PhotonConfig:
         }
 
 
+def content_digest(content: Mapping[str, Any]) -> str:
+    """:meth:`PhotonConfig.digest` of what :meth:`PhotonConfig.to_hf` gave, also after it went through JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def tiny(vocab_size: int, *, special_ids: Mapping[str, int]) -> PhotonConfig:
-    """The demonstration preset: the real architecture at about a million parameters.
+    """The demonstration preset: the real architecture at about half a million parameters.
 
     Args:
         vocab_size: number of token ids.
         special_ids: ids of ``vision_start``, ``vision_end``, ``video`` and ``eos``.
     """
     return PhotonConfig(
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=8,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=vocab_size,
-        mrope_section=(4, 4, 4),
+        mrope_section=(2, 3, 3),
         # The public base of 1e6 turns the width axis by 1e-4 a token: over a 4 x 4 plane, positions look alike.
-        rope_theta=10.0,
-        initializer_range=0.06,
+        rope_theta=1e4,
+        initializer_range=0.2,
         vision_start_token_id=special_ids["vision_start"],
         vision_end_token_id=special_ids["vision_end"],
         video_token_id=special_ids["video"],
@@ -240,7 +245,7 @@ def tiny(vocab_size: int, *, special_ids: Mapping[str, int]) -> PhotonConfig:
             hidden_size=64,
             intermediate_size=128,
             num_heads=4,
-            out_hidden_size=96,
+            out_hidden_size=64,
             window_size=56,
             fullatt_block_indexes=(1, 3),
             intensity_mean=0.35,

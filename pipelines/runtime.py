@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from photon.config import PhotonConfig
+from photon.config import PhotonConfig, content_digest
 from photon.errors import PhotonError
 from photon.generate import Generated, GreedyDecoder
 from photon.model.packing import Context
@@ -76,9 +76,12 @@ class OnnxAnswerer:
 
         Raises:
             PhotonError: ``MODEL_UNREADABLE`` when a file is missing or is no ONNX graph of this export,
-                ``MODEL_MISMATCH`` when a file is not the one that was exported.
+                ``MODEL_MISMATCH`` when a file or the configuration is not the one that was exported.
         """
         content = read_model_file(folder)
+        if content_digest(content["config"]) != content["config_digest"]:
+            fact = f"its configuration is not the one that was exported here ({content['config_digest']})."
+            raise PhotonError("MODEL_MISMATCH", folder / MODEL_FILE, fact, _REMEDY)
         self.config = PhotonConfig.from_hf(content["config"])
         self.config_digest: str = content["config_digest"]
         self.data_version: str = content["data_version"]
