@@ -68,8 +68,8 @@ class QuestionGraph(nn.Module):
     at the end; ``branch_valid`` bool [B, L] real tokens; ``question`` bool [B, L] question tokens;
     ``branch_positions`` int64 [B, L].
 
-    Outputs: ``logits`` [B, vocabulary]; ``kept`` bool [B, N]; ``cache_keys``, ``cache_values`` [layers, B, K, G, d] with K
-    the most rows any branch keeps; ``cache_mask`` bool [B, K].
+    Outputs: ``logits`` [B, vocabulary]; ``kept`` bool [B, N]; ``cache_keys``, ``cache_values`` [layers, B, K, G, d],
+    K the most rows any branch keeps; ``cache_mask`` bool [B, K].
     """
 
     def __init__(self, model: Photon) -> None:
@@ -131,9 +131,7 @@ class QuestionGraph(nn.Module):
         )
 
     @staticmethod
-    def _kept_rows(
-        kept: Tensor, visual_rows: Tensor, is_text: Tensor, branch_valid: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _kept_rows(kept: Tensor, visual_rows: Tensor, is_text: Tensor, branch_valid: Tensor) -> tuple[Tensor, Tensor]:
         """Rows each branch takes along, [B, K] into context rows followed by all branch rows, and which are real."""
         num_branches, length = branch_valid.shape
         num_context = is_text.shape[0]

@@ -16,11 +16,12 @@ from photon.errors import PhotonError
 from photon.grid import Grid, patchify
 from photon.model.packing import IGNORE_INDEX, Branch, Context, pack_batch
 from photon.training.perturb import draw_kind, perturb
+from photon.training.pretrain import NamingBatch, token_labels
 from photon.training.step import TrainingBatch
 from pipelines.manifest import MANIFEST_NAME, read_manifest
 from pipelines.questions import Question, read_questions
 from pipelines.text import Prompter
-from pipelines.volumes import Volume, normalise, read_volume
+from pipelines.volumes import Volume, normalise, read_volume, resample_labels
 
 
 @dataclass(frozen=True)
@@ -153,15 +154,50 @@ class BatchSource:
 
     def _patches(self, index: int, generator: torch.Generator) -> tuple[Tensor, Grid]:
         volume = self.scans[index].volume
-        limits = torch.tensor(self.draw.max_shift)
-        shift = (torch.rand(3, generator=generator) * (2 * limits + 1)).long() - limits
-        moved = shifted(volume.voxels, tuple(shift.tolist()), volume.spec.window_hu[0])
+        moved = shifted(volume.voxels, draw_shift(self.draw.max_shift, generator), volume.spec.window_hu[0])
         return patchify(torch.from_numpy(normalise(moved, volume.spec.window_hu)), self.config.vision)
 
     def _branch_tokens(self, question: Question, has_volume: bool) -> tuple[Tensor, Tensor]:
         asked = self.prompter.branch_ids(question.question, has_volume=has_volume)
         answer = self.prompter.answer_ids(question.answer)
         return torch.cat([asked, answer]), torch.cat([torch.full_like(asked, IGNORE_INDEX), answer])
+
+
+class NamingSource:
+    """Batches for vision pretraining: volumes and which structures of their label maps each visual token holds."""
+
+    MIN_FRACTION = 0.01
+    """Share of a token's box that a structure must fill to be named."""
+
+    def __init__(
+        self, scans: Sequence[LabelledScan], labels: Path, config: PhotonConfig, *, scans_per_step: int, seed: int
+    ) -> None:
+        """Read the label maps ``<scan_id>.nii`` of the scans from the folder ``labels``."""
+        self.scans, self.config, self.scans_per_step, self.seed = scans, config, scans_per_step, seed
+        self._labels = [
+            resample_labels(labels / f"{scan.questions[0].scan_id}.nii", scan.volume.spec) for scan in scans
+        ]
+        self.num_labels = 1 + max(int(label_map.max()) for label_map in self._labels)
+
+    def batch(self, step: int, max_shift: tuple[int, int, int]) -> NamingBatch:
+        """Batch of a step, volumes and labels moved together by up to ``max_shift`` voxels."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        patches, grids, targets = [], [], []
+        for index in torch.randperm(len(self.scans), generator=generator)[: self.scans_per_step].tolist():
+            volume, shift = self.scans[index].volume, draw_shift(max_shift, generator)
+            moved = normalise(shifted(volume.voxels, shift, volume.spec.window_hu[0]), volume.spec.window_hu)
+            cut, grid = patchify(torch.from_numpy(moved), self.config.vision)
+            label_map = torch.from_numpy(shifted(self._labels[index], shift, 0))
+            patches.append(cut)
+            grids.append(grid)
+            targets.append(token_labels(label_map, grid, self.config.vision, self.num_labels, self.MIN_FRACTION))
+        return NamingBatch(torch.cat(patches), tuple(grids), torch.cat(targets))
+
+
+def draw_shift(limits: tuple[int, int, int], generator: torch.Generator) -> tuple[int, ...]:
+    """Whole voxels along z, y and x, each within its limit either way."""
+    span = torch.tensor(limits)
+    return tuple(((torch.rand(3, generator=generator) * (2 * span + 1)).long() - span).tolist())
 
 
 def shifted(voxels: np.ndarray, shift: tuple[int, ...], fill: int) -> np.ndarray:

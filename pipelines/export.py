@@ -150,9 +150,7 @@ def write_graph(model: Photon, name: str, case: Case, target: Path) -> None:
         PhotonError: ``EXPORT_REJECTED`` when an axis that should be dynamic came out fixed.
     """
     module, inputs = _example(model, name, case)
-    axes = {
-        key: {axis: _dimension(label) for axis, label in named.items()} for key, named in AXES[name].items()
-    }
+    axes = {key: {axis: _dimension(label) for axis, label in named.items()} for key, named in AXES[name].items()}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")

@@ -18,8 +18,9 @@ from photon.config import PhotonConfig, tiny
 from photon.errors import PhotonError
 from photon.model.network import Photon
 from photon.training.loop import OptimiserConfig, StepReport, Trainer
+from photon.training.pretrain import NamingConfig, pretrain_vision
 from photon.training.stages import MODES, Stage, StageSchedule
-from pipelines.dataset import BatchSource, Draw, LabelledScan, read_split
+from pipelines.dataset import BatchSource, Draw, LabelledScan, NamingSource, read_split
 from pipelines.files import prepare_output_folder, write_json
 from pipelines.results import TrainRecord
 from pipelines.text import TOKENIZER, Prompter, build_tokenizer
@@ -42,6 +43,9 @@ class TrainSpec:
     """Batches of the soft and hard stages, where every branch carries its own visual rows."""
     blind_steps: int
     """Steps of the text-only baseline."""
+    naming: NamingConfig
+    """Vision pretraining on label maps; left out when the data folder has none."""
+    naming_scans_per_step: int = 8
     validate_every: int = 50
     save_every: int = 50
 
@@ -63,35 +67,33 @@ class TrainSpec:
 
 
 _OPTIMISER = OptimiserConfig(
-    learning_rate=3e-3, vision_learning_rate=3e-3, alignment_learning_rate=3e-4, weight_decay=0.05
+    learning_rate=3e-3, vision_learning_rate=5e-4, alignment_learning_rate=1e-4, weight_decay=0.01
 )
 _DRAW = Draw(
-    scans_per_step=12,
-    questions_per_scan=16,
-    max_shift=(6, 6, 6),
-    robust_probability=0.0,
-    flip_probability=0.0,
+    scans_per_step=16, questions_per_scan=12, max_shift=(6, 6, 6), robust_probability=0.0, flip_probability=0.0
 )
-_PRUNED_DRAW = dataclasses.replace(
-    _DRAW, scans_per_step=8, questions_per_scan=8, robust_probability=0.15, flip_probability=0.05
-)
-_DEMO: dict[str, Any] = {
-    "schedule": StageSchedule(alignment=10, warm_up=360, soft=30, hard=60, flip_after=15),
-    "optimiser": _OPTIMISER,
-    "draw": _DRAW,
-    "pruned_draw": _PRUNED_DRAW,
-    "blind_steps": 100,
+_PRUNED_DRAW = dataclasses.replace(_DRAW, scans_per_step=8, robust_probability=0.15, flip_probability=0.05)
+_PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {
+        "schedule": StageSchedule(alignment=10, warm_up=400, soft=30, hard=80, flip_after=20),
+        "optimiser": _OPTIMISER,
+        "draw": _DRAW,
+        "pruned_draw": _PRUNED_DRAW,
+        "blind_steps": 120,
+        "naming": NamingConfig(num_steps=250, learning_rate=6e-3),
+    },
+    "smoke": {
+        "schedule": StageSchedule(alignment=1, warm_up=4, soft=2, hard=3, flip_after=1),
+        "optimiser": _OPTIMISER,
+        "draw": dataclasses.replace(_DRAW, scans_per_step=4, questions_per_scan=8),
+        "pruned_draw": dataclasses.replace(_PRUNED_DRAW, scans_per_step=2, questions_per_scan=4),
+        "blind_steps": 6,
+        "naming": NamingConfig(num_steps=4),
+        "naming_scans_per_step": 4,
+        "validate_every": 5,
+        "save_every": 5,
+    },
 }
-_SMOKE: dict[str, Any] = {
-    "schedule": StageSchedule(alignment=1, warm_up=4, soft=2, hard=3, flip_after=1),
-    "optimiser": _OPTIMISER,
-    "draw": dataclasses.replace(_DRAW, scans_per_step=4, questions_per_scan=8),
-    "pruned_draw": dataclasses.replace(_PRUNED_DRAW, scans_per_step=2, questions_per_scan=4),
-    "blind_steps": 6,
-    "validate_every": 5,
-    "save_every": 5,
-}
-_PRESETS = {"demo": _DEMO, "smoke": _SMOKE}
 
 
 def train(
@@ -124,7 +126,7 @@ def train(
     prompter = Prompter(build_tokenizer(_texts(scans)))
     config = tiny(prompter.vocab_size, special_ids=prompter.special_ids)
     tracker.log_hyperparameters({**dataclasses.asdict(spec), "model": config.to_hf(), "data_version": data_version})
-    run = _Run(spec, config, prompter, scans, validation, output, tracker, on_progress, data_version)
+    run = _Run(spec, config, prompter, scans, validation, data, output, tracker, on_progress, data_version)
     model = run.train_model()
     blind = run.train_blind()
     volume_spec = scans[0].volume.spec.as_dict()
@@ -156,6 +158,7 @@ class _Run:
     prompter: Prompter
     scans: Sequence[LabelledScan]
     validation: Sequence[LabelledScan]
+    data: Path
     output: Path
     tracker: Tracker
     on_progress: Progress | None
@@ -174,6 +177,8 @@ class _Run:
         }
         checks = BatchSource(self.validation, self.prompter, self.config, _whole(self.validation), self.spec.seed)
         trainer = self._trainer("state", self.spec.schedule)
+        if trainer.num_steps_done == 0:
+            self._pretrain_vision(trainer.model)
         _truncate_history(self.history, trainer.num_steps_done)
 
         def on_step(report: StepReport) -> None:
@@ -185,7 +190,8 @@ class _Run:
                 self.tracker.log({"validation_accuracy": float(row["validation_accuracy"])}, step=report.step)
             with self.history.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(row) + "\n")
-            self._tell(report, f"{report.stage}, loss {report.result.answer_loss:.2f}")
+            done = self.spec.naming.num_steps + report.step
+            self._tell(done, f"{report.stage}, loss {report.result.answer_loss:.2f}")
 
         def batch_at(step: int, with_flips: bool):  # type: ignore[no-untyped-def]
             is_pruned = MODES[self.spec.schedule.stage_at(step)] != "full"
@@ -194,14 +200,37 @@ class _Run:
         trainer.run(batch_at, on_step=on_step, save_to=self.output / "state", save_every=self.spec.save_every)
         return trainer.model.eval()
 
+    def _pretrain_vision(self, model: Photon) -> None:
+        """Teach the vision tower to name structures, where the data folder has label maps."""
+        folder = self.data / "raw" / "labels"
+        if not folder.is_dir():
+            return
+        source = NamingSource(
+            self.scans, folder, self.config, scans_per_step=self.spec.naming_scans_per_step, seed=self.spec.seed
+        )
+        config = self.spec.naming
+
+        def on_step(step: int, loss: float) -> None:
+            self.tracker.log({"naming_loss": loss}, step=step)
+            self._tell(step, f"vision pretraining, loss {loss:.3f}")
+
+        pretrain_vision(
+            model.visual,
+            lambda step: source.batch(step, self.spec.draw.max_shift),
+            config,
+            num_labels=source.num_labels,
+            on_step=on_step,
+        )
+
     def train_blind(self) -> Photon:
         """The same decoder on the same questions without any scan."""
         source = BatchSource(self.scans, self.prompter, self.config, self.spec.draw, self.spec.seed)
+        before = self.spec.naming.num_steps + self.spec.schedule.num_steps
         schedule = StageSchedule(alignment=0, warm_up=self.spec.blind_steps, soft=0, hard=0, flip_after=0)
         trainer = self._trainer("blind_state", schedule)
         trainer.run(
             lambda step, _: source.blind_batch(step),
-            on_step=lambda report: self._tell(report, "text-only baseline"),
+            on_step=lambda report: self._tell(before + report.step, "text-only baseline"),
             save_to=self.output / "blind_state",
             save_every=self.spec.save_every,
         )
@@ -215,12 +244,11 @@ class _Run:
         trainer.restore(self.output / state)
         return trainer
 
-    def _tell(self, report: StepReport, label: str) -> None:
+    def _tell(self, num_done: int, label: str) -> None:
         if self.on_progress:
-            is_blind = label == "text-only baseline"
-            before = self.spec.schedule.num_steps if is_blind else 0
-            total = self.spec.schedule.num_steps + self.spec.blind_steps
-            self.on_progress(before + report.step + 1, total, label)
+            spec = self.spec
+            total = spec.naming.num_steps + spec.schedule.num_steps + spec.blind_steps
+            self.on_progress(num_done + 1, total, label)
 
 
 @torch.no_grad()

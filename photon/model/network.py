@@ -16,13 +16,14 @@ from torch.nn import functional as F
 from photon import scheduling
 from photon.config import PhotonConfig
 from photon.model.attention import Attention, RaggedAttention, padded_rows, starts_of
-from photon.model.decoder import Decoder, QueryKeyValue
+from photon.model.decoder import Decoder, QueryKeyValue, SelfAttention
 from photon.model.packing import PackedBatch
 from photon.model.selection import Selection, select_rows
 from photon.model.vision import VisionTower
 from photon.scheduling import Schedule
 from photon.surrogate import pack
 
+INITIAL_SHARPNESS = 1.5
 Mode = Literal["full", "soft", "hard"]
 
 
@@ -69,8 +70,13 @@ class Photon(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def initialise(self, seed: int) -> Photon:
-        """Fill every parameter from ``seed``: matrices normal with variance 1 / inputs, zero biases, unit norms,
-        the patch embedding as local means, the configured first threshold."""
+        """Fill every parameter from ``seed``, for training from scratch.
+
+        Matrices are normal with variance 1 / inputs, those that write to the residual stream smaller by
+        sqrt(2 layers); biases are zero and norms one. Queries start close to their keys, so rows attend to rows
+        that resemble them (mimetic initialisation, arXiv 2305.09828): without it a small decoder spends most
+        of a short run averaging over all visual tokens. The patch embedding starts as local means.
+        """
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -79,14 +85,24 @@ class Photon(nn.Module):
                 elif parameter.ndim == 1:
                     parameter.fill_(1.0)
                 else:
-                    is_embedding = name.endswith("embed_tokens.weight")
-                    std = self.config.initializer_range if is_embedding else parameter[0].numel() ** -0.5
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+                    drawn = torch.randn(parameter.shape, generator=generator)
+                    parameter.copy_(drawn * self._initial_std(name, parameter))
+            for attention in (module for module in self.modules() if isinstance(module, SelfAttention)):
+                _resemble_keys(attention.q_proj.weight, attention.k_proj.weight, self.config)
             self.visual.vision_patch_embed.initialise()
             last = self.model.predictor.mlp[2]
             assert isinstance(last, nn.Linear)
             last.bias.fill_(self.config.pruning.threshold_bias_init)
         return self
+
+    def _initial_std(self, name: str, parameter: Tensor) -> float:
+        if name.endswith("embed_tokens.weight"):
+            return self.config.initializer_range
+        std: float = parameter[0].numel() ** -0.5
+        if name.endswith(("o_proj.weight", "attn.proj.weight", "down_proj.weight")):
+            depth = self.config.vision.depth if name.startswith("visual.") else self.config.num_hidden_layers
+            return std * (2 * depth) ** -0.5
+        return std
 
     def forward(
         self,
@@ -224,6 +240,15 @@ class Photon(nn.Module):
             x, state = layer(x, table, attend)
             states.append(state)
         return x, states
+
+
+def _resemble_keys(q: Tensor, k: Tensor, config: PhotonConfig) -> None:
+    """Mix each query head's matrix with its key head's and sharpen both, in place."""
+    grouped = (config.num_key_value_heads, -1, config.head_dim, config.hidden_size)
+    heads = q.view(grouped)
+    shared = k.view(grouped)
+    heads.copy_(INITIAL_SHARPNESS * (0.8 * shared + 0.6 * heads))
+    k.mul_(INITIAL_SHARPNESS)
 
 
 def _after(shared: QueryKeyValue, attend: RaggedAttention) -> Attention:
