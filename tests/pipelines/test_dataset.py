@@ -13,7 +13,17 @@ from photon.config import PhotonConfig, tiny
 from photon.errors import PhotonError
 from photon.model.packing import IGNORE_INDEX
 from photon.training.step import TrainingBatch
-from pipelines.dataset import BatchSource, Draw, LabelledScan, read_split, scan_context, shifted, volume_patches
+from pipelines.dataset import (
+    BatchSource,
+    Draw,
+    LabelledScan,
+    NamingSource,
+    draw_shift,
+    read_split,
+    scan_context,
+    shifted,
+    volume_patches,
+)
 from pipelines.text import Prompter, build_tokenizer
 
 DRAW = Draw(scans_per_step=2, questions_per_scan=3, max_shift=(2, 3, 4), robust_probability=0.5, flip_probability=0.5)
@@ -139,6 +149,23 @@ def test_shifted() -> None:
 @pytest.mark.parametrize("shift", [(2, 0, 0), (0, -5, 0), (9, -9, 9)])
 def test_a_volume_moved_out_of_sight_is_empty(shift: tuple[int, int, int]) -> None:
     assert (shifted(np.ones((2, 3, 4)), shift, -7) == -7).all()
+
+
+def test_draw_shift_reaches_every_voxel_of_its_limits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = [draw_shift((0, 1, 3), generator) for _ in range(300)]
+    assert [set(axis) for axis in zip(*drawn, strict=True)] == [{0}, {-1, 0, 1}, set(range(-3, 4))]
+
+
+def test_naming_batches(smoke_data: Path, scans: list[LabelledScan], config: PhotonConfig) -> None:
+    source = NamingSource(scans[:4], smoke_data / "raw" / "labels", config, scans_per_step=3, seed=0)
+    batch, again = source.batch(7, (2, 2, 2)), source.batch(7, (2, 2, 2))
+    assert torch.equal(batch.patches, again.patches) and torch.equal(batch.targets, again.targets)
+    assert batch.grids == ((3, 4, 4),) * 3 and batch.targets.shape == (3 * 12, source.num_labels)
+    assert not torch.equal(batch.patches, source.batch(8, (2, 2, 2)).patches)
+    assert 0.05 < float(batch.targets.mean()) < 0.95
+    still = source.batch(7, (0, 0, 0))
+    assert any(torch.equal(still.patches[:48], volume_patches(scan.volume, config)[0]) for scan in scans[:4])
 
 
 def test_splits_have_their_own_scans(smoke_data: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from photon.checkpoint import WEIGHTS, load_tensors, read_config, read_model
 from photon.errors import PhotonError
+from photon.training.pretrain import NamingConfig
 from photon.training.stages import StageSchedule
 from pipelines.results import TrainRecord
 from pipelines.text import TOKENIZER, Prompter
@@ -24,6 +25,8 @@ MICRO = dataclasses.replace(
     draw=dataclasses.replace(SMOKE.draw, scans_per_step=2, questions_per_scan=2),
     pruned_draw=dataclasses.replace(SMOKE.pruned_draw, scans_per_step=1, questions_per_scan=2),
     blind_steps=2,
+    naming=NamingConfig(num_steps=2),
+    naming_scans_per_step=2,
     validate_every=3,
     save_every=2,
 )
@@ -71,19 +74,26 @@ def test_what_a_run_leaves(whole: tuple[Path, TrainRecord, MemoryTracker]) -> No
 
 def test_what_is_tracked(whole: tuple[Path, TrainRecord, MemoryTracker]) -> None:
     content = json.dumps(vars(whole[2]), default=str)
-    for name in ("answer_loss", "kept_fraction", "tokens_per_sample", "validation_accuracy", "data_version"):
+    for name in (
+        "naming_loss",
+        "answer_loss",
+        "kept_fraction",
+        "tokens_per_sample",
+        "validation_accuracy",
+        "data_version",
+    ):
         assert name in content
 
 
-@pytest.mark.parametrize("step", [1, 3, 5, 7])
+@pytest.mark.parametrize("last", [1, 2, 4, 6, 8, 10])
 def test_a_killed_run_ends_where_an_unbroken_one_does(
-    smoke_data: Path, tmp_path: Path, whole: tuple[Path, TrainRecord, MemoryTracker], step: int
+    smoke_data: Path, tmp_path: Path, whole: tuple[Path, TrainRecord, MemoryTracker], last: int
 ) -> None:
-    """Killed in warm-up, soft, hard and in the text-only baseline, with steps done since the last save."""
+    """Killed in pretraining, alignment, warm-up, hard and in the text-only baseline, with steps since the last save."""
 
     def kill(done: int, total: int, label: str) -> None:
-        assert total == 8
-        if done == step + 1:
+        assert total == 2 + 6 + 2
+        if done == last:
             raise Killed
 
     with pytest.raises(Killed):
@@ -100,7 +110,7 @@ def test_a_line_cut_short_by_the_kill_is_written_again(
     smoke_data: Path, tmp_path: Path, whole: tuple[Path, TrainRecord, MemoryTracker]
 ) -> None:
     def kill(done: int, total: int, label: str) -> None:
-        if done == 4:
+        if done == 2 + 4:
             raise Killed
 
     with pytest.raises(Killed):
@@ -131,6 +141,16 @@ def test_another_run_in_the_same_folder_is_refused(
         train(spec, smoke_data, whole[0], data_version="v2" if change == "data" else "v1")
     assert caught.value.code == "CHECKPOINT_MISMATCH"
     assert {path: path.read_bytes() for path in whole[0].rglob("*") if path.is_file()} == before
+
+
+def test_without_label_maps_there_is_no_pretraining(smoke_data: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "volumes").symlink_to(smoke_data / "volumes")
+    (data / "questions.jsonl").symlink_to(smoke_data / "questions.jsonl")
+    labels: list[str] = []
+    train(MICRO, data, tmp_path / "run", data_version="v1", on_progress=lambda done, total, label: labels.append(label))
+    assert len(labels) == 6 + 2 and not any("pretraining" in label for label in labels)
 
 
 def test_presets() -> None:
