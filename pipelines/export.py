@@ -151,7 +151,8 @@ def write_graph(model: Photon, name: str, case: Case, target: Path) -> None:
     """
     module, inputs = _example(model, name, case)
     axes = {key: {axis: _dimension(label) for axis, label in named.items()} for key, named in AXES[name].items()}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    for name_of_logger in ("torch.onnx", "torch.fx.experimental.symbolic_shapes"):
+        logging.getLogger(name_of_logger).setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
