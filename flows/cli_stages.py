@@ -46,15 +46,18 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
 @_command
 def retrain(
     preset: Annotated[str, typer.Option(help="demo (minutes) or smoke (a quick check of every stage).")] = "demo",
-    output: Annotated[Path | None, typer.Option(help="Folder of the results; default out/<preset>.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the results; default out/ and the preset's name.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Data folder; default the preset's own.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of phantoms and training.")] = 0,
+    more_scans: Annotated[Path | None, typer.Option(help="Folder of your own scans to score at the end too.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Repeat stages that are finished and unchanged.")] = False,
     prefect: Annotated[bool, typer.Option("--prefect/--no-prefect", help="Run stages as Prefect flows.")] = True,
 ) -> None:
     """Run all stages: data, training, evaluation, ONNX, scoring, report.
 
-    Writes checkpoint/, evaluate/, export/, score/, report.html and summary.json to the output folder and logs
+    Writes train/checkpoint/, evaluate/, export/, score/, report.html and summary.json to the output folder and logs
     every stage to MLflow. After an interruption the same command skips what is finished.
 
     Example: `photon retrain --preset demo --output out/demo`
@@ -62,11 +65,11 @@ def retrain(
     from pipelines.retrain_spec import RetrainSpec
 
     folder = output or Path("out") / preset
-    spec = RetrainSpec.preset(preset, output=folder, data=data, seed=seed)
+    spec = RetrainSpec.preset(preset, output=folder, data=data, seed=seed, more_scans=more_scans)
     if prefect:
         from flows.retrain import run_retrain
 
-        summary = run_retrain(preset=preset, output=folder, data=data, seed=seed, is_fresh=fresh)
+        summary = run_retrain(preset=preset, output=folder, data=data, seed=seed, more_scans=more_scans, is_fresh=fresh)
     else:
         from pipelines.retraining import retrain as run_stages
 
@@ -239,7 +242,7 @@ def score(
     data version, or an error code. After an interruption the same command goes on where it stopped. Exit code
     3 says that rows have an error; the others are complete.
 
-    Example: `photon score --archive scans --questions data/questions.jsonl --model out/demo/export`
+    Example: `photon score --archive scans --questions data/questions.jsonl --model out/demo/export/model`
     """
     from pipelines.registry import SCHEME, resolve_model
     from pipelines.score import score as run_stage

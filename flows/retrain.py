@@ -33,6 +33,7 @@ def retrain_flow(
     output: Path | None = None,
     data: Path | None = None,
     seed: int = 0,
+    more_scans: Path | None = None,
     is_fresh: bool = False,
 ) -> str:
     """Data, training, evaluation, ONNX, scoring and report. Returns the path of ``summary.json``.
@@ -40,10 +41,10 @@ def retrain_flow(
     Args:
         preset: ``demo`` or ``smoke``. output: folder of the results; without it ``out/retrain-<UTC time>``,
         so every scheduled run has its own. data: data folder; default the preset's. seed: of phantoms and
-        training. is_fresh: repeat stages that are finished and unchanged.
+        training. more_scans: folder of further scans to score. is_fresh: repeat stages that are finished and unchanged.
     """
     folder = output or Path("out") / f"retrain-{datetime.now(UTC):%Y%m%dT%H%M%S}"
-    spec = RetrainSpec.preset(preset, output=folder, data=data, seed=seed)
+    spec = RetrainSpec.preset(preset, output=folder, data=data, seed=seed, more_scans=more_scans)
     return str(retrain(spec, call=call_as_flow, show_progress=show_progress, is_fresh=is_fresh))
 
 

@@ -52,7 +52,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PruningConfig:
-    """Instruction-conditioned token scheduling and its training (paper sections 3.2 and 3.3)."""
+    """Instruction-conditioned token scheduling and its training."""
 
     layer: int
     """Decoder layer (from 0) after whose output visual tokens are dropped."""

@@ -30,18 +30,18 @@ def mean_by_branch(values: Tensor, branch: Tensor, num_branches: int) -> Tensor:
 
 
 def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of every target: -log p(answer token), float32 [M] (paper eq. 1)."""
+    """Cross-entropy of every target: -log p(answer token), float32 [M]."""
     return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def entropy_loss(logits: Tensor) -> Tensor:
-    """Robustness: minus the entropy of the answer distribution, for scans perturbed beyond use (section 3.4)."""
+    """Robustness: minus the entropy of the answer distribution, for scans perturbed beyond use."""
     log_p = logits.float().log_softmax(-1)
     return (log_p.exp() * log_p).sum(-1)
 
 
 def flip_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Flip: -log(1 - p(answer) + 1e-6), with the keep mask inverted (section 3.4)."""
+    """Flip: -log(1 - p(answer) + 1e-6), with the keep mask inverted."""
     p = logits.float().softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
     return -torch.log(1.0 - p + 1e-6)
 

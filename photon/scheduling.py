@@ -1,4 +1,4 @@
-"""Instruction-conditioned token scheduling (ITS): which visual tokens does this question need? (paper section 3.2)
+"""Instruction-conditioned token scheduling (ITS): which visual tokens does this question need?
 
 Everything here is per branch (one question about one scan), in float32 and without padding in the statistics:
 arrays are [B, N] with a mask of the real entries. No gradient flows through the scores.
@@ -101,7 +101,7 @@ def normalise(u: Tensor, valid: Tensor) -> Tensor:
 
 
 def describe(u: Tensor, rho: Tensor, valid: Tensor) -> Tensor:
-    """The twelve numbers the threshold network sees, [B, 12] (paper appendix; order of the public code).
+    """The twelve numbers the threshold network sees, [B, 12] (order of the public code).
 
     Mean, std (biased), min, max, 0.25- and 0.5-quantile of rho; mean, std, min, max of u; mean and max of
     sign(u) log(1 + |u|).

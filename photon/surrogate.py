@@ -1,4 +1,4 @@
-"""Surrogate gradient propagation (SGP): packing kept rows, with a gradient for the decision (paper section 3.3).
+"""Surrogate gradient propagation (SGP): packing kept rows, with a gradient for the decision.
 
 Forward moves rows. Backward scatters the row gradients and gives every visual token's keep probability a bounded
 gradient built from how the loss reacts to that token.

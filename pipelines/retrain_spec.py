@@ -42,7 +42,15 @@ class RetrainSpec:
     tracking_uri: str | None = None
 
     @classmethod
-    def preset(cls, name: str, *, output: Path, data: Path | None = None, seed: int = 0) -> RetrainSpec:
+    def preset(
+        cls,
+        name: str,
+        *,
+        output: Path,
+        data: Path | None = None,
+        seed: int = 0,
+        more_scans: Path | None = None,
+    ) -> RetrainSpec:
         """A shipped configuration.
 
         ``demo`` keeps its data in ``data/`` of the working folder, where the committed ``data.dvc`` is.
@@ -68,6 +76,7 @@ class RetrainSpec:
             seed=seed,
             experiment=title,
             model_name=title,
+            more_scans=more_scans.resolve() if more_scans else None,
         )
 
     def settings(self) -> dict[str, Any]:

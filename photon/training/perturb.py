@@ -1,4 +1,4 @@
-"""Robustness: scans spoilt beyond use, from which the model must learn to claim nothing (paper section 3.4)."""
+"""Robustness: scans spoilt beyond use, from which the model must learn to claim nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When each stage of training runs, and how the learning rate moves (paper section 3.4)."""
+"""When each stage of training runs, and how the learning rate moves."""
 
 from __future__ import annotations
 
