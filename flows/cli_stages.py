@@ -216,7 +216,6 @@ def export(
     Example: `photon export --checkpoint out/train/checkpoint --output out/export`
     """
     from pipelines.export import export as run_stage
-
     from pipelines.versioning import folder_version
 
     record = run_stage(checkpoint, data, output, data_version=folder_version(data))

@@ -57,8 +57,6 @@ def _defaults(folder: Path) -> dict[str, str]:
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
         "NO_PROXY": "127.0.0.1,localhost",  # behind a proxy the embedded server would seem to time out
-        # Threads that wait by spinning slow each other down many times as soon as another process wants a core.
-        "OMP_WAIT_POLICY": "PASSIVE",
         "ORT_DISABLE_TELEMETRY": "1",
         "PREFECT_CLI_PROMPT": "false",
         "PREFECT_HOME": str(folder / "prefect"),

@@ -69,13 +69,11 @@ class TrainSpec:
 _OPTIMISER = OptimiserConfig(
     learning_rate=3e-3, vision_learning_rate=5e-4, alignment_learning_rate=1e-4, weight_decay=0.01
 )
-_DRAW = Draw(
-    scans_per_step=16, questions_per_scan=12, max_shift=(6, 6, 6), robust_probability=0.0, flip_probability=0.0
-)
-_PRUNED_DRAW = dataclasses.replace(_DRAW, scans_per_step=8, robust_probability=0.15, flip_probability=0.05)
+_DRAW = Draw(scans_per_step=8, questions_per_scan=24, max_shift=(6, 6, 6), robust_probability=0.0, flip_probability=0.0)
+_PRUNED_DRAW = dataclasses.replace(_DRAW, questions_per_scan=12, robust_probability=0.15, flip_probability=0.05)
 _PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
-        "schedule": StageSchedule(alignment=10, warm_up=400, soft=30, hard=80, flip_after=20),
+        "schedule": StageSchedule(alignment=10, warm_up=500, soft=30, hard=80, flip_after=20),
         "optimiser": _OPTIMISER,
         "draw": _DRAW,
         "pruned_draw": _PRUNED_DRAW,
