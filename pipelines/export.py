@@ -6,9 +6,11 @@ The only importer of `onnx` and of torch's exporter.
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +155,9 @@ def write_graph(model: Photon, name: str, case: Case, target: Path) -> None:
     axes = {key: {axis: _dimension(label) for axis, label in named.items()} for key, named in AXES[name].items()}
     for name_of_logger in ("torch.onnx", "torch.fx.experimental.symbolic_shapes"):
         logging.getLogger(name_of_logger).setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad():
+    # The exporter prints its whole graph whenever a size depends on the data, which is the point here.
+    quiet = io.StringIO()
+    with warnings.catch_warnings(), torch.no_grad(), redirect_stdout(quiet), redirect_stderr(quiet):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module.eval(),
