@@ -20,6 +20,7 @@ from photon.model.network import Photon
 from photon.training.loop import OptimiserConfig, StepReport, Trainer
 from photon.training.pretrain import NamingConfig, pretrain_vision
 from photon.training.stages import MODES, Stage, StageSchedule
+from photon.training.step import TrainingBatch
 from pipelines.dataset import BatchSource, Draw, LabelledScan, NamingSource, read_split
 from pipelines.files import prepare_output_folder, write_json
 from pipelines.results import TrainRecord
@@ -191,7 +192,7 @@ class _Run:
             done = self.spec.naming.num_steps + report.step
             self._tell(done, f"{report.stage}, loss {report.result.answer_loss:.2f}")
 
-        def batch_at(step: int, with_flips: bool):  # type: ignore[no-untyped-def]
+        def batch_at(step: int, with_flips: bool) -> TrainingBatch:
             is_pruned = MODES[self.spec.schedule.stage_at(step)] != "full"
             return sources[is_pruned].batch(step, with_flips)
 

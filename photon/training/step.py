@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from photon import objectives
-from photon.model.network import Photon
+from photon.model.network import Mode, Photon
 from photon.model.packing import PackedBatch
+from photon.model.selection import Selection
+from photon.scheduling import Schedule
 from photon.training.stages import MODES, Stage
 
 
@@ -83,19 +85,15 @@ def compute_loss(model: Photon, item: TrainingBatch, stage: Stage) -> StepResult
     )
 
 
-def _kept_fraction(schedule: object, mode: str) -> float:
-    from photon.scheduling import Schedule
-
-    if not isinstance(schedule, Schedule) or mode == "full":
+def _kept_fraction(schedule: Schedule | None, mode: Mode) -> float:
+    if schedule is None or mode == "full":
         return 1.0
     kept = schedule.keep if mode == "hard" else schedule.p.detach()
     return float(kept[schedule.valid].float().mean())
 
 
-def _tokens_per_branch(batch: PackedBatch, selection: object) -> float:
-    from photon.model.selection import Selection
-
-    if isinstance(selection, Selection):
+def _tokens_per_branch(batch: PackedBatch, selection: Selection | None) -> float:
+    if selection is not None:
         return float(selection.lengths.float().mean())
     rows = batch.context_ids.shape[0] + batch.branch_ids.shape[0]
     return rows / batch.branch_lengths.shape[0]
