@@ -1,4 +1,4 @@
-"""Loss terms, one function each. Rows are packed; every term is per branch, so a batch is the mean of its branches."""
+"""Loss terms, one function each. Rows are packed; a batch is the mean of its branches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def answer_targets(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def mean_by_branch(values: Tensor, branch: Tensor, num_branches: int) -> Tensor:
-    """Mean of per-target values [M] within each branch: [B], 0 for a branch without targets."""
+    """Mean of values [M] (of targets, of volumes) within each branch: [B], 0 for a branch without any."""
     total = values.new_zeros(num_branches).index_add(0, branch, values)
     count = values.new_zeros(num_branches).index_add(0, branch, torch.ones_like(values))
     return total / count.clamp_min(1.0)
@@ -47,7 +47,7 @@ def flip_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def keep_band_loss(decision: Schedule, band: tuple[float, float]) -> Tensor:
-    """Keep band: how far the mean keep probability of a branch is outside ``band``, float32 [B]."""
+    """Keep band: how far the mean keep probability of a volume is outside ``band``, float32 [S]."""
     low, high = band
     count = decision.valid.sum(-1)
     mean = torch.where(decision.valid, decision.p, 0.0).sum(-1) / count.clamp_min(1)

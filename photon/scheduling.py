@@ -1,9 +1,11 @@
 """Instruction-conditioned token scheduling (ITS): which visual tokens does this question need?
 
-Everything here is per branch (one question about one scan), in float32 and without padding in the statistics:
-arrays are [B, N] with a mask of the real entries. No gradient flows through the scores.
+Everything here is per question and volume: a prompt with an earlier and a later scan has a row for each, so that
+neither crowds the other out. Scores are float32, arrays [S, N] with a mask of the real entries, and padding enters no
+statistic. No gradient flows through the scores.
 
-Letters: B branches, Q question tokens, N visual tokens, H query heads, G key heads, d head width.
+Letters: B branches (questions), S pairs of a branch and one of its volumes (B where every prompt has one), Q question
+tokens, N visual tokens, H query heads, G key heads, d head width.
 """
 
 from __future__ import annotations
@@ -21,15 +23,16 @@ _EXACT = 2.0**14
 
 @dataclass(frozen=True)
 class Schedule:
-    """The decision for every branch.
+    """The decision for every branch and volume.
 
     Attributes:
-        u: float32 [B, N] raw scores.
-        rho: float32 [B, N] scores scaled to [0, 1] within the branch.
-        theta: float32 [B] thresholds, with gradient to the threshold network.
-        p: float32 [B, N] keep probabilities, with gradient to theta.
-        keep: bool [B, N] tokens kept.
-        valid: bool [B, N] entries that are tokens.
+        u: float32 [S, N] raw scores.
+        rho: float32 [S, N] scores scaled to [0, 1] within the volume.
+        theta: float32 [S] thresholds, with gradient to the threshold network.
+        p: float32 [S, N] keep probabilities, with gradient to theta.
+        keep: bool [S, N] tokens kept.
+        valid: bool [S, N] entries that are tokens.
+        branch: int64 [S] branch of each row, ascending.
     """
 
     u: Tensor
@@ -38,6 +41,12 @@ class Schedule:
     p: Tensor
     keep: Tensor
     valid: Tensor
+    branch: Tensor
+
+    def kept_tokens(self, branch: int) -> Tensor:
+        """Visual tokens that a branch keeps, counted through all volumes of its prompt: int64, ascending."""
+        rows = self.branch == branch
+        return self.keep[rows][self.valid[rows]].nonzero().flatten()
 
 
 class ThresholdPredictor(nn.Module):
@@ -49,7 +58,7 @@ class ThresholdPredictor(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(DESCRIPTOR_SIZE, width // 8), nn.GELU(), nn.Linear(width // 8, 1))
 
     def forward(self, descriptor: Tensor) -> Tensor:
-        """[B, 12] to [B]."""
+        """[S, 12] to [S]."""
         dtype = next(self.mlp.parameters()).dtype
         logits = self.mlp(descriptor.to(dtype)).float().squeeze(-1)
         return self.config.threshold_scale * torch.sigmoid(logits)
@@ -86,7 +95,7 @@ def question_vector(q: Tensor, k: Tensor, valid: Tensor) -> Tensor:
 
 @torch.no_grad()
 def saliency(z: Tensor, k_visual: Tensor) -> Tensor:
-    """Raw scores u [B, N] of visual keys [B, N, G, d] for question vectors [B, G, d], in float32."""
+    """Raw scores u [S, N] of visual keys [S, N, G, d] for question vectors [S, G, d], in float32."""
     return torch.einsum("bgd,bngd->bn", z, k_visual.float())
 
 
@@ -101,7 +110,7 @@ def normalise(u: Tensor, valid: Tensor) -> Tensor:
 
 
 def describe(u: Tensor, rho: Tensor, valid: Tensor) -> Tensor:
-    """The twelve numbers the threshold network sees, [B, 12] (order of the public code).
+    """The twelve numbers the threshold network sees, [S, 12] (order of the public code).
 
     Mean, std (biased), min, max, 0.25- and 0.5-quantile of rho; mean, std, min, max of u; mean and max of
     sign(u) log(1 + |u|).
@@ -126,18 +135,19 @@ def describe(u: Tensor, rho: Tensor, valid: Tensor) -> Tensor:
     return torch.stack(columns, dim=-1)
 
 
-def schedule(u: Tensor, valid: Tensor, predictor: ThresholdPredictor) -> Schedule:
-    """Threshold the scores of every branch.
+def schedule(u: Tensor, valid: Tensor, predictor: ThresholdPredictor, branch: Tensor | None = None) -> Schedule:
+    """Threshold the scores of every branch and volume.
 
     A score that is not finite never steers the threshold and is kept only if nothing else is left; at least
-    `min_tokens` of the highest scores always stay, so a blank volume keeps some tokens too. A branch without
+    `min_tokens` of the highest scores always stay, so a blank volume keeps some tokens too. A row without
     visual tokens gets an empty decision.
 
     Args:
-        u: float32 [B, N] raw scores; valid: bool [B, N].
+        u: float32 [S, N] raw scores; valid: bool [S, N].
+        branch: int64 [S] branch of each row; None when every branch has one.
     """
     usable = valid & torch.isfinite(u)
-    # A branch without usable tokens would reduce over nothing: let it see zeros, its result is masked anyway.
+    # A row without usable tokens would reduce over nothing: let it see zeros, its result is masked anyway.
     counted = usable | ~usable.any(-1, keepdim=True)
     u = torch.where(usable, u, 0.0)
     rho = normalise(u, counted)
@@ -146,11 +156,13 @@ def schedule(u: Tensor, valid: Tensor, predictor: ThresholdPredictor) -> Schedul
     p = torch.sigmoid(delta / predictor.config.temperature)
     preference = torch.where(usable, rho, torch.where(valid, -1.0, -2.0))
     keep = valid & ((delta > 0) | highest(preference, predictor.config.min_tokens))
-    return Schedule(u=u, rho=rho, theta=theta, p=p, keep=keep, valid=valid)
+    if branch is None:
+        branch = torch.arange(u.shape[0], device=u.device)
+    return Schedule(u=u, rho=rho, theta=theta, p=p, keep=keep, valid=valid, branch=branch)
 
 
 def highest(values: Tensor, count: int) -> Tensor:
-    """The ``count`` highest values of every row [B, N] as a mask; of equal values the first ones."""
+    """The ``count`` highest values of every row [S, N] as a mask; of equal values the first ones."""
     place = min(count, values.shape[-1]) - 1
     lowest_taken = values.sort(-1, descending=True).values[:, place : place + 1]
     above, level = values > lowest_taken, values == lowest_taken

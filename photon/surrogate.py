@@ -24,10 +24,10 @@ def pack(x: Tensor, p: Tensor, rows: Tensor, slots: Tensor, valid: Tensor, *, ru
 
     Args:
         x: [T, D] rows before pruning (several branches may gather the same row).
-        p: float32 [B, N] keep probabilities of the visual tokens of each branch.
+        p: float32 [S, N] keep probabilities of the visual tokens of each branch and volume.
         rows: int64 [R] row of x that each output row takes.
-        slots: int64 [R] flattened [B, N] position of the output row's visual token, -1 for text.
-        valid: bool [B, N] entries of p that are tokens.
+        slots: int64 [R] flattened [S, N] position of the output row's visual token, -1 for text.
+        valid: bool [S, N] entries of p that are tokens.
         rule: "paper" or "taylor", see :func:`probability_gradient`.
 
     Returns:
@@ -61,16 +61,16 @@ class _Pack(torch.autograd.Function):
 
 
 def probability_gradient(alignment: Tensor, magnitude: Tensor, p: Tensor, valid: Tensor, *, rule: str) -> Tensor:
-    """Gradient on the keep probabilities, float32 [B, N].
+    """Gradient on the keep probabilities, float32 [S, N].
 
-    With a_j = <x_j, g_j> standardised over the branch's visual tokens (biased, sigma floor 3e-3), clipped to
+    With a_j = <x_j, g_j> standardised over the volume's visual tokens (biased, sigma floor 3e-3), clipped to
     +-1.5 and r = 0.5 + 0.5 tanh(z), the direction is 0.5 - r; its size is the token's share of the mean
     magnitude, within [0.5, 2], times max(p (1 - p), 5e-3) and 0.8.
 
     Args:
-        alignment: [B, N] a_j, zero for dropped tokens.
-        magnitude: [B, N] sum_d |x_jd g_jd|, zero for dropped tokens.
-        p, valid: [B, N].
+        alignment: [S, N] a_j, zero for dropped tokens.
+        magnitude: [S, N] sum_d |x_jd g_jd|, zero for dropped tokens.
+        p, valid: [S, N].
         rule: "paper" uses +a and subtracts the mean direction; "taylor" uses -a, the first-order loss increase
             of removing the token.
     """

@@ -8,12 +8,21 @@ A layout says which key rows each segment of query rows may see. Layers do not k
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+MAX_MASK_ENTRIES = 2**24
+"""Segments that need a mask are laid side by side up to this many entries; longer ones stand alone."""
+SIMILAR = 1.25
+"""Segments share a block when the longest is at most this many times the shortest."""
+FUSED_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Attention(Protocol):
@@ -28,30 +37,59 @@ def starts_of(lengths: Tensor) -> Tensor:
 
 
 def padded_rows(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Row indices [S, Lmax] of segments, and which of them are real; the others point at row 0."""
+    """Row indices [S, Lmax] of segments, and which of them are real.
+
+    The others repeat a segment's first row (row 0 for an empty segment): a masked number still meets a weight of
+    zero, and zero times another segment's NaN would be NaN.
+    """
     span = torch.arange(int(lengths.max()) if lengths.numel() else 0, device=lengths.device)
     valid = span < lengths[:, None]
-    return torch.where(valid, starts[:, None] + span, 0), valid
+    first = torch.where(lengths > 0, starts, 0)
+    return torch.where(valid, starts[:, None] + span, first[:, None]), valid
 
 
 @dataclass(frozen=True)
+class Segment:
+    """A range of query rows and the ranges of key rows it may see: the shared one, then its own."""
+
+    q_start: int
+    q_length: int
+    shared_start: int
+    shared_length: int
+    k_start: int
+    k_length: int
+
+    @property
+    def num_keys(self) -> int:
+        """Key rows in sight."""
+        return self.shared_length + self.k_length
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Keys and queries."""
+        return self.num_keys, self.q_length
+
+    @property
+    def is_square(self) -> bool:
+        """Whether there are as many keys as queries."""
+        return self.num_keys == self.q_length
+
+    def key_rows(self) -> list[int]:
+        """Key rows in the order in which they are seen."""
+        shared = range(self.shared_start, self.shared_start + self.shared_length)
+        return [*shared, *range(self.k_start, self.k_start + self.k_length)]
+
+
 class RaggedAttention:
     """Segments of query rows over ranges of key rows, exact for any lengths.
 
-    Inside the attention call alone, segments are laid side by side in a padded block; the padding carries no
-    token and reaches no output.
-
-    Attributes:
-        q_rows, q_valid: [S, Lq] query rows of each segment and which entries are real.
-        k_rows, k_valid: [S, Lk] the same for key rows.
-        mask: bool [S, 1, Lq, Lk], True where a query may look; None when every entry may.
-        out_rows: positions of the real entries of q_rows, flattened, in packed order.
+    In half precision on CUDA this is PyTorch's variable-length fused kernel. Elsewhere segments of similar length lie
+    side by side in a block; its padding carries no token and reaches no output.
     """
 
-    q_rows: Tensor
-    k_rows: Tensor
-    mask: Tensor | None
-    out_rows: Tensor
+    def __init__(self, segments: Sequence[Segment], device: torch.device, *, is_causal: bool) -> None:
+        self.segments = [segment for segment in segments if segment.q_length]
+        self.device, self.is_causal = device, is_causal
 
     @classmethod
     def build(
@@ -72,34 +110,152 @@ class RaggedAttention:
             shared_starts, shared_lengths: [S] an optional range of key rows before it (a shared scan prefix).
             is_causal: whether the last query sees every key, the one before it one key less, and so on.
         """
-        q_rows, q_valid = padded_rows(starts_of(q_lengths), q_lengths)
         if shared_starts is None or shared_lengths is None:
             shared_starts = shared_lengths = torch.zeros_like(k_starts)
-        total = shared_lengths + k_lengths
-        span = torch.arange(int(total.max()), device=total.device)
-        in_shared = span < shared_lengths[:, None]
-        k_valid = span < total[:, None]
-        own = k_starts[:, None] + span - shared_lengths[:, None]
-        k_rows = torch.where(k_valid, torch.where(in_shared, shared_starts[:, None] + span, own), 0)
+        columns = (starts_of(q_lengths), q_lengths, shared_starts, shared_lengths, k_starts, k_lengths)
+        table = torch.stack([column.long() for column in columns], dim=1).tolist()
+        return cls([Segment(*row) for row in table], q_lengths.device, is_causal=is_causal)
 
-        is_uniform = bool(q_valid.all()) and bool(k_valid.all())
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not self.segments:
+            return torch.zeros_like(q)
+        if q.is_cuda and q.dtype in FUSED_DTYPES and torch.cuda.get_device_capability(q.device) >= (8, 0):
+            return self._fused.attend(q, k, v, is_causal=self.is_causal)
+        blocks, order = self._blocks
+        out = torch.cat([block.attend(q, k, v) for block in blocks])
+        return out if order is None else out[order]
+
+    @functools.cached_property
+    def _fused(self) -> _Varlen:
+        return _Varlen.build(self.segments, self.device)
+
+    @functools.cached_property
+    def _blocks(self) -> tuple[list[_Block], Tensor | None]:
+        """Blocks, and the places of the packed rows in their concatenated outputs (None when in order)."""
+        blocks = [
+            _Block.build(group, self.device, is_causal=self.is_causal)
+            for group in _similar(self.segments, is_causal=self.is_causal)
+        ]
+        if len(blocks) == 1:
+            return blocks, None
+        rows = torch.cat([block.rows for block in blocks])
+        return blocks, torch.empty_like(rows).index_copy_(0, rows, torch.arange(rows.shape[0], device=self.device))
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Segments side by side.
+
+    Attributes:
+        q_rows [S, Lq], k_rows [S, Lk]: rows of each segment, filled up with a row of its own.
+        mask: bool [S, 1, Lq, Lk], True where a query may look; None when every entry may, or those of a triangle.
+        is_triangle: queries and keys are the same rows without padding, and causal.
+        real: flattened places of q_rows that are rows; rows: which packed rows these are.
+    """
+
+    q_rows: Tensor
+    k_rows: Tensor
+    mask: Tensor | None
+    is_triangle: bool
+    real: Tensor
+    rows: Tensor
+
+    @classmethod
+    def build(cls, group: Sequence[Segment], device: torch.device, *, is_causal: bool) -> _Block:
+        def column(values: Iterator[int]) -> Tensor:
+            return torch.tensor(list(values), device=device)
+
+        q_lengths = column(s.q_length for s in group)
+        q_rows, q_valid = padded_rows(column(s.q_start for s in group), q_lengths)
+        real = q_valid.flatten().nonzero().flatten()
+        shared_start, shared = column(s.shared_start for s in group), column(s.shared_length for s in group)
+        k_start, total = column(s.k_start for s in group), column(s.num_keys for s in group)
+        span = torch.arange(int(total.max()), device=device)
+        k_valid = span < total[:, None]
+        seen = torch.where(span < shared[:, None], shared_start[:, None], (k_start - shared)[:, None]) + span
+        k_rows = torch.where(k_valid, seen, seen[:, :1])
         mask = None
-        if is_causal or not is_uniform:
+        if len({s.shape for s in group}) > 1 or (is_causal and not group[0].is_square):
             mask = k_valid[:, None, :].expand(-1, q_rows.shape[1], -1)
             if is_causal:
-                last = torch.arange(q_rows.shape[1], device=total.device) + (total - q_lengths)[:, None]
+                last = torch.arange(q_rows.shape[1], device=device) + (total - q_lengths)[:, None]
                 mask = mask & (span <= last[:, :, None])
             # A padded query may look at everything: its output is discarded, and a softmax over nothing is NaN.
             mask = (mask | ~q_valid[:, :, None])[:, None]
-        return cls(q_rows, k_rows, mask, q_valid.flatten().nonzero().flatten())
+        return cls(q_rows, k_rows, mask, is_causal and mask is None, real, q_rows.flatten()[real])
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q_block = q[self.q_rows].transpose(1, 2)
-        k_block = k[self.k_rows].transpose(1, 2)
-        v_block = v[self.k_rows].transpose(1, 2)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Output rows of the block's segments, one after another."""
         is_grouped = k.shape[1] != q.shape[1]
-        out = F.scaled_dot_product_attention(q_block, k_block, v_block, self.mask, enable_gqa=is_grouped)
-        return out.transpose(1, 2).flatten(0, 1)[self.out_rows]
+        q, k, v = (x[rows].transpose(1, 2) for x, rows in ((q, self.q_rows), (k, self.k_rows), (v, self.k_rows)))
+        out = F.scaled_dot_product_attention(q, k, v, self.mask, is_causal=self.is_triangle, enable_gqa=is_grouped)
+        return out.transpose(1, 2).flatten(0, 1)[self.real]
+
+
+@dataclass(frozen=True)
+class _Varlen:
+    """Arguments of the variable-length kernel.
+
+    Attributes:
+        q_bounds, k_bounds: int32 [S + 1] first rows of the segments, and the end of the last one.
+        k_rows: key rows in segment order; None when they already lie so.
+        q_longest, k_longest: rows of the longest segment.
+    """
+
+    q_bounds: Tensor
+    k_bounds: Tensor
+    k_rows: Tensor | None
+    q_longest: int
+    k_longest: int
+
+    @classmethod
+    def build(cls, segments: Sequence[Segment], device: torch.device) -> _Varlen:
+        def bounds(lengths: list[int]) -> Tensor:
+            return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+        q_lengths, k_lengths = [s.q_length for s in segments], [s.num_keys for s in segments]
+        own = all(s.shared_length == 0 and s.k_start == s.q_start and s.k_length == s.q_length for s in segments)
+        rows = None if own else torch.tensor([row for s in segments for row in s.key_rows()], device=device)
+        return cls(bounds(q_lengths), bounds(k_lengths), rows, max(q_lengths), max(k_lengths))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        if self.k_rows is not None:
+            k, v = k.index_select(0, self.k_rows), v.index_select(0, self.k_rows)
+        out = varlen_attn(
+            q.contiguous(),
+            k.contiguous(),
+            v.contiguous(),
+            self.q_bounds,
+            self.k_bounds,
+            self.q_longest,
+            self.k_longest,
+            # Nothing right of the diagonal that ends in the last query and the last key.
+            window_size=(-1, 0) if is_causal else (-1, -1),
+            enable_gqa=k.shape[1] != q.shape[1],
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+
+def _similar(segments: Sequence[Segment], *, is_causal: bool) -> Iterator[list[Segment]]:
+    """Groups of segments to lay side by side: equal ones that need no mask, similar ones while it stays small."""
+    group: list[Segment] = []
+    shortest = longest = 0
+    for segment in sorted(segments, key=lambda s: s.shape):
+        shortest, longest = min(shortest, segment.q_length), max(longest, segment.q_length)
+        is_plain = group and group[0].shape == segment.shape and (segment.is_square or not is_causal)
+        is_similar = group and segment.num_keys <= SIMILAR * group[0].num_keys and longest <= SIMILAR * shortest
+        is_small = (len(group) + 1) * longest * segment.num_keys <= MAX_MASK_ENTRIES
+        if group and not is_plain and not (is_similar and is_small):
+            yield group
+            group = []
+        if not group:
+            shortest = longest = segment.q_length
+        group.append(segment)
+    if group:
+        yield group
 
 
 @dataclass(frozen=True)

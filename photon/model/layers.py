@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class RMSNorm(nn.Module):
@@ -46,3 +49,10 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     wide = x.float()
     first, second = wide.chunk(2, dim=-1)
     return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+def maybe_checkpoint(module: nn.Module, *arguments: Any, is_on: bool) -> Any:
+    """Call a module; with ``is_on`` keep only its inputs and compute the rest again in the backward pass."""
+    if is_on and torch.is_grad_enabled():
+        return checkpoint(module, *arguments, use_reentrant=False)
+    return module(*arguments)

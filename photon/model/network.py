@@ -17,8 +17,9 @@ from photon import scheduling
 from photon.config import PhotonConfig
 from photon.model.attention import Attention, RaggedAttention, padded_rows, starts_of
 from photon.model.decoder import Decoder, QueryKeyValue, SelfAttention
+from photon.model.layers import maybe_checkpoint
 from photon.model.packing import PackedBatch
-from photon.model.selection import Selection, select_rows
+from photon.model.selection import Selection, select_rows, visual_tokens_of, volumes_of_branches
 from photon.model.vision import VisionTower
 from photon.scheduling import Schedule
 from photon.surrogate import pack
@@ -68,6 +69,15 @@ class Photon(nn.Module):
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def checkpoint_activations(self) -> bool:
+        """Whether training computes a layer's inner values again in the backward pass instead of keeping them."""
+        return self.visual.checkpoint_activations
+
+    @checkpoint_activations.setter
+    def checkpoint_activations(self, is_on: bool) -> None:
+        self.visual.checkpoint_activations = is_on
 
     def initialise(self, seed: int) -> Photon:
         """Fill every parameter from ``seed``, for training from scratch.
@@ -143,7 +153,7 @@ class Photon(nn.Module):
         table = self.model.rotary(batch.context_positions)
         layers = []
         for layer in self.model.layers[:num_layers]:
-            x, state = layer(x, table, attend)
+            x, state = self._run(layer, x, table, attend)
             layers.append(state)
         return ContextState(x, tuple(layers))
 
@@ -172,20 +182,20 @@ class Photon(nn.Module):
         early: list[QueryKeyValue] = []
         split = self.config.pruning.layer + 1
         for layer, shared in zip(self.model.layers[:split], context.layers, strict=False):
-            x, state = layer(x, table, _after(shared, attend))
+            x, state = self._run(layer, x, table, _after(shared, attend))
             early.append(state)
         at_pruning = (x, early[-1])
         decision = self._schedule(batch, context.layers[split - 1], early[-1])
 
         if mode == "full" and not with_layers:
             for layer, shared in zip(self.model.layers[split:], context.layers[split:], strict=True):
-                x, _ = layer(x, table, _after(shared, attend))
+                x, _ = self._run(layer, x, table, _after(shared, attend))
             rows = torch.arange(x.shape[0], device=x.device)
             return Output(x, rows, decision, None, None, context, at_pruning)
 
         selection = select_rows(batch, _kept(decision, mode, flip))
         x = self._prune(torch.cat([context.hidden, x]), decision, selection, mode, detach)
-        x, late = self._run_pruned(x, batch, selection)
+        x, late = self._run_pruned(x, batch, selection, with_layers=with_layers)
         layers = None
         if with_layers:
             pairs = zip(context.layers, early, strict=True)
@@ -201,11 +211,11 @@ class Photon(nn.Module):
     def _schedule(self, batch: PackedBatch, shared: QueryKeyValue, own: QueryKeyValue) -> Schedule | None:
         if not batch.visual_rows.numel():
             return None
-        starts, counts = starts_of(batch.visual_counts), batch.visual_counts
-        visual, valid = padded_rows(starts[batch.branch_context], counts[batch.branch_context])
-        k_visual = shared.k.detach()[batch.visual_rows[visual]]
+        branch, volume = volumes_of_branches(batch)
+        rows, valid = visual_tokens_of(batch, volume)
         z = scheduling.question_vector(*self._question(batch, own))
-        return scheduling.schedule(scheduling.saliency(z, k_visual), valid, self.model.predictor)
+        u = scheduling.saliency(z[branch], shared.k.detach()[rows])
+        return scheduling.schedule(u, valid, self.model.predictor, branch)
 
     @staticmethod
     def _question(batch: PackedBatch, own: QueryKeyValue) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,14 +231,18 @@ class Photon(nn.Module):
     ) -> Tensor:
         if decision is None or mode == "full":
             return x.index_select(0, selection.rows)
-        p = decision.p if detach is None else torch.where(detach[:, None], decision.p.detach(), decision.p)
+        p = decision.p
+        if detach is not None:
+            p = torch.where(detach[decision.branch][:, None], p.detach(), p)
         if mode == "hard":
             rule = self.config.pruning.sgp_rule
             return pack(x, p, selection.rows, selection.slots, decision.valid, rule=rule)
         scale = torch.where(selection.slots >= 0, p.flatten()[selection.slots.clamp_min(0)], 1.0)
         return x.index_select(0, selection.rows) * scale[:, None].to(x.dtype)
 
-    def _run_pruned(self, x: Tensor, batch: PackedBatch, selection: Selection) -> tuple[Tensor, list[QueryKeyValue]]:
+    def _run_pruned(
+        self, x: Tensor, batch: PackedBatch, selection: Selection, *, with_layers: bool
+    ) -> tuple[Tensor, list[QueryKeyValue]]:
         positions = torch.cat([batch.context_positions, batch.branch_positions], dim=1)[:, selection.rows]
         table = self.model.rotary(positions)
         lengths = selection.lengths
@@ -237,9 +251,18 @@ class Photon(nn.Module):
         )
         states = []
         for layer in self.model.layers[self.config.pruning.layer + 1 :]:
-            x, state = layer(x, table, attend)
-            states.append(state)
+            x, state = self._run(layer, x, table, attend)
+            if with_layers:
+                states.append(state)
         return x, states
+
+    def _run(
+        self, layer: nn.Module, x: Tensor, table: tuple[Tensor, Tensor], attend: Attention
+    ) -> tuple[Tensor, QueryKeyValue]:
+        result: tuple[Tensor, QueryKeyValue] = maybe_checkpoint(
+            layer, x, table, attend, is_on=self.checkpoint_activations
+        )
+        return result
 
 
 def _resemble_keys(q: Tensor, k: Tensor, config: PhotonConfig) -> None:
@@ -267,7 +290,8 @@ def _kept(decision: Schedule | None, mode: Mode, flip: Tensor | None) -> Tensor 
         return decision.valid
     if flip is None:
         return decision.keep
-    return torch.where(flip[:, None], scheduling.invert(decision.keep, decision.valid), decision.keep)
+    inverted = scheduling.invert(decision.keep, decision.valid)
+    return torch.where(flip[decision.branch][:, None], inverted, decision.keep)
 
 
 def _joined(shared: QueryKeyValue, own: QueryKeyValue, rows: Tensor) -> QueryKeyValue:

@@ -60,6 +60,7 @@ class PackedBatch:
         patches: float [P, 14*14*14]; grids: of every volume.
         context_ids [Tc], context_positions [3, Tc], context_lengths [C]
         visual_rows: int64 [V] context rows that are visual; visual_counts: [C] how many per context.
+        volume_counts: int64 [volumes] visual tokens of each volume; context_volumes: [C] volumes of each context.
         branch_ids [Tb], branch_positions [3, Tb], branch_lengths [B]; branch_context [B].
         question: bool [Tb] question (instruction) tokens.
         labels: int64 [Tb], -100 where nothing is learned.
@@ -72,6 +73,8 @@ class PackedBatch:
     context_lengths: Tensor
     visual_rows: Tensor
     visual_counts: Tensor
+    volume_counts: Tensor
+    context_volumes: Tensor
     branch_ids: Tensor
     branch_positions: Tensor
     branch_lengths: Tensor
@@ -97,15 +100,18 @@ def pack_batch(contexts: Sequence[Context], branches: Sequence[Branch], config: 
     is_visual = torch.cat([context.input_ids == config.video_token_id for context in contexts])
     lengths = torch.tensor([context.input_ids.numel() for context in contexts])
     visual_counts = torch.tensor([int((c.input_ids == config.video_token_id).sum()) for c in contexts])
+    grids = tuple(grid for context in contexts for grid in context.grids)
     ids = torch.cat([branch.input_ids for branch in branches])
     return PackedBatch(
         patches=torch.cat([context.patches for context in contexts]),
-        grids=tuple(grid for context in contexts for grid in context.grids),
+        grids=grids,
         context_ids=torch.cat([context.input_ids for context in contexts]),
         context_positions=torch.cat(positions, dim=1),
         context_lengths=lengths,
         visual_rows=is_visual.nonzero().flatten(),
         visual_counts=visual_counts,
+        volume_counts=torch.tensor([num_visual_tokens(grid, config.vision) for grid in grids], dtype=torch.long),
+        context_volumes=torch.tensor([len(context.grids) for context in contexts]),
         branch_ids=ids,
         branch_positions=torch.cat(
             [(torch.arange(b.input_ids.numel()) + nexts[b.context]).expand(3, -1) for b in branches], dim=1

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from photon.config import VisionConfig
 from photon.grid import Grid, patch_coordinates, window_ids
 from photon.model.attention import Attention, RaggedAttention, starts_of
-from photon.model.layers import GatedMLP, RMSNorm, rotary_table, rotate
+from photon.model.layers import GatedMLP, RMSNorm, maybe_checkpoint, rotary_table, rotate
 
 ROTARY_BASE = 10000.0
 
@@ -96,6 +96,7 @@ class VisionTower(nn.Module):
         self.vision_patch_embed = PatchEmbedding(config)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
         self.merger = PatchMerger(config)
+        self.checkpoint_activations = False
 
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Encode volumes.
@@ -126,7 +127,8 @@ class VisionTower(nn.Module):
         table = self.rotary(rows_columns)
         x = self.vision_patch_embed(patches)
         for index, block in enumerate(self.blocks):
-            x = block(x, table, full if index in self.config.fullatt_block_indexes else windowed)
+            attend = full if index in self.config.fullatt_block_indexes else windowed
+            x = maybe_checkpoint(block, x, table, attend, is_on=self.checkpoint_activations)
         return x
 
     def rotary(self, rows_columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,8 @@ def compute_loss(model: Photon, item: TrainingBatch, stage: Stage) -> StepResult
     band = loss.new_zeros(())
     if mode != "full" and output.schedule is not None:
         outside = objectives.keep_band_loss(output.schedule, model.config.pruning.keep_band)
-        band = torch.where(is_disturbed, 0.0, outside).mean()
+        of_branch = objectives.mean_by_branch(outside, output.schedule.branch, num_branches)
+        band = torch.where(is_disturbed, 0.0, of_branch).mean()
         loss = loss + band
     is_plain = ~is_disturbed[branch]
     hits = (logits.argmax(-1) == targets)[is_plain].float()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from photon.model import attention
 from photon.model.attention import BlockAttention, RaggedAttention, padded_rows, starts_of
 
 
@@ -106,14 +107,123 @@ def test_both_layouts_agree() -> None:
     torch.testing.assert_close(ragged(q, k, v), blocks(q, k, v), rtol=1e-5, atol=1e-6)
 
 
-def test_equal_lengths_need_no_mask() -> None:
-    sizes = torch.tensor([4, 4])
-    layout = RaggedAttention.build(sizes, k_starts=starts_of(sizes), k_lengths=sizes, is_causal=False)
-    assert layout.mask is None
+def segments_of(lengths: list[int], *, is_causal: bool) -> RaggedAttention:
+    sizes = torch.tensor(lengths)
+    return RaggedAttention.build(sizes, k_starts=starts_of(sizes), k_lengths=sizes, is_causal=is_causal)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_equal_lengths_need_no_mask(is_causal: bool) -> None:
+    blocks, order = segments_of([4, 4], is_causal=is_causal)._blocks
+    assert order is None and len(blocks) == 1
+    assert blocks[0].mask is None and blocks[0].is_triangle == is_causal
+
+
+def test_only_similar_lengths_lie_side_by_side() -> None:
+    blocks, order = segments_of([100, 7, 90, 8, 99, 300, 301], is_causal=True)._blocks
+    assert order is not None
+    assert [block.q_rows.shape[0] for block in blocks] == [2, 3, 2]
+    assert sum(block.q_rows.numel() for block in blocks) < 1.1 * (100 + 7 + 90 + 8 + 99 + 300 + 301)
+
+
+def test_long_segments_stand_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their mask would be large: 3 x 100 x 100; alone or equal they need none."""
+    monkeypatch.setattr(attention, "MAX_MASK_ENTRIES", 25_000)
+    blocks, _ = segments_of([98, 99, 100, 100], is_causal=True)._blocks
+    assert [block.q_rows.shape[0] for block in blocks] == [2, 2]
+    assert [block.mask is None for block in blocks] == [False, True]
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_segment_of_nan_stays_alone_with_it(is_causal: bool) -> None:
+    lengths = [4, 5, 4]
+    layout = segments_of(lengths, is_causal=is_causal)
+    q, k, v = random_rows(sum(lengths), sum(lengths), 4, 2)
+    expected = layout(q, k, v)
+    for x in (q, k, v):
+        x[:4] = torch.nan
+    found = layout(q, k, v)
+    assert torch.equal(found[4:], expected[4:]) and bool(found[:4].isnan().all())
+
+
+def test_nothing_to_attend() -> None:
+    q = torch.zeros(0, 2, 8)
+    assert segments_of([0, 0], is_causal=True)(q, q, q).shape == (0, 2, 8)
+
+
+def loop_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_bounds: Tensor,
+    k_bounds: Tensor,
+    q_longest: int,
+    k_longest: int,
+    *,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> Tensor:
+    """What the variable-length kernel computes: the causal diagonal ends in the last query and the last key."""
+    assert q_bounds.dtype == k_bounds.dtype == torch.int32 and enable_gqa == (q.shape[1] != k.shape[1])
+    out = torch.zeros_like(q)
+    for start, end, first, last in zip(q_bounds[:-1], q_bounds[1:], k_bounds[:-1], k_bounds[1:], strict=True):
+        assert end - start <= q_longest and last - first <= k_longest
+        for row in range(int(start), int(end)):
+            seen = int(last) - (int(end) - row - 1 if window_size == (-1, 0) else 0)
+            out[row] = looked_at(q[row], k[int(first) : seen], v[int(first) : seen])
+    return out
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_arguments_of_the_fused_kernel(monkeypatch: pytest.MonkeyPatch, is_causal: bool) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", loop_kernel)
+    plain = segments_of([3, 0, 5], is_causal=is_causal)
+    sizes, owner = torch.tensor([2, 1, 3]), torch.tensor([1, 0, 1])
+    contexts = torch.tensor([0, 4])
+    shared = RaggedAttention.build(
+        sizes,
+        k_starts=starts_of(sizes) + 4,
+        k_lengths=sizes,
+        shared_starts=starts_of(contexts)[owner],
+        shared_lengths=contexts[owner],
+        is_causal=is_causal,
+    )
+    for layout, num_queries, num_keys in ((plain, 8, 8), (shared, 6, 10)):
+        q, k, v = random_rows(num_queries, num_keys, 4, 2)
+        fused = layout._fused.attend(q, k, v, is_causal=is_causal)
+        torch.testing.assert_close(fused, layout(q, k, v), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fused_kernel_agrees_with_blocks(is_causal: bool, dtype: torch.dtype) -> None:
+    sizes, owner = torch.tensor([20, 1, 130]), torch.tensor([1, 0, 1])
+    contexts = torch.tensor([3, 400])
+    layout = RaggedAttention.build(
+        sizes.cuda(),
+        k_starts=(starts_of(sizes) + 403).cuda(),
+        k_lengths=sizes.cuda(),
+        shared_starts=starts_of(contexts)[owner].cuda(),
+        shared_lengths=contexts[owner].cuda(),
+        is_causal=is_causal,
+    )
+    rows = (torch.randn(shape, device="cuda") for shape in ((151, 16, 128), (554, 2, 128), (554, 2, 128)))
+    exact = [x.to(dtype).float().requires_grad_() for x in rows]
+    half = [x.detach().to(dtype).requires_grad_() for x in exact]
+    expected, found = layout(*exact), layout(*half)
+    weight = torch.randn_like(expected)
+    (expected * weight).sum().backward()
+    (found.float() * weight).sum().backward()
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 4e-3
+    for ours, theirs in [(found, expected), *((h.grad, e.grad) for h, e in zip(half, exact, strict=True))]:
+        assert ours is not None and theirs is not None
+        assert float((ours.float() - theirs).abs().max() / theirs.abs().max()) < tolerance
 
 
 def test_padded_rows() -> None:
     lengths = torch.tensor([2, 0, 3])
     rows, valid = padded_rows(starts_of(lengths), lengths)
-    assert rows.tolist() == [[0, 1, 0], [0, 0, 0], [2, 3, 4]]
+    assert rows.tolist() == [[0, 1, 0], [0, 0, 0], [2, 3, 4]], "filled up with the first row, or row 0"
+    assert padded_rows(torch.tensor([3, 5]), torch.tensor([1, 2]))[0].tolist() == [[3, 3], [5, 6]]
     assert valid.long().tolist() == [[1, 1, 0], [0, 0, 0], [1, 1, 1]]

@@ -85,10 +85,12 @@ def test_batch_equals_each_branch_alone(mode: Mode, rule: str) -> None:
         assert_same(model.logits(rows), model.logits(one.hidden))
         if one.schedule is not None:
             width = one.schedule.keep.shape[1]
-            assert torch.equal(output.schedule.keep[number, :width], one.schedule.keep[0])
-            assert not output.schedule.keep[number, width:].any()
-            assert_same(output.schedule.p[number, :width], one.schedule.p[0])
-            kept.append(int(one.schedule.keep.sum()) / width)
+            mine = output.schedule.branch == number
+            assert torch.equal(output.schedule.keep[mine, :width], one.schedule.keep)
+            assert not output.schedule.keep[mine, width:].any()
+            assert_same(output.schedule.p[mine, :width], one.schedule.p)
+            assert torch.equal(output.schedule.kept_tokens(number), one.schedule.kept_tokens(0))
+            kept.append(float(one.schedule.keep[one.schedule.valid].float().mean()))
         alone_loss = compute_loss(model, single, STAGES[mode]).loss
         (alone_loss / len(branches)).backward()
         losses.append(alone_loss.detach())
@@ -199,7 +201,7 @@ def test_flip_inverts_only_the_branches_named() -> None:
     keep, width = plain.schedule.keep, plain.schedule.keep.shape[1]
     taken = torch.zeros(keep.numel(), dtype=torch.bool)
     taken[flipped.selection.slots[flipped.selection.slots >= 0]] = True
-    expected = torch.where(flip[:, None], plain.schedule.valid & ~keep, keep)
+    expected = torch.where(flip[plain.schedule.branch][:, None], plain.schedule.valid & ~keep, keep)
     assert torch.equal(taken.view(-1, width), expected)
     assert torch.equal(flipped.schedule.keep, keep), "the decision itself is the plain one"
 
@@ -296,6 +298,30 @@ def test_windows_and_slabs_bound_what_a_token_sees() -> None:
         model = micro_model(micro_config(vision={"fullatt_block_indexes": blocks}))
         moved = (model.visual(patches, [grid]) - model.visual(changed, [grid])).abs().amax(1) > 0
         assert moved.nonzero().flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("mode", ["full", "soft", "hard"])
+def test_checkpointing_changes_memory_and_nothing_else(mode: Mode) -> None:
+    contexts, branches = mixed()
+    found = []
+    for is_on in (False, True):
+        model = micro_model()
+        model.checkpoint_activations = is_on
+        saved = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal saved
+            saved += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = compute_loss(model, training_batch(contexts, branches, CONFIG), STAGES[mode]).loss
+        loss.backward()
+        found.append((saved, loss.detach(), gradients(model)))
+    (plain, loss, gradient), (less, same_loss, same) = found
+    assert less < 0.5 * plain
+    assert torch.equal(loss, same_loss)
+    assert all(torch.equal(gradient[name], same[name]) for name in gradient)
 
 
 def test_untied_head_is_used() -> None:
