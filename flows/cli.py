@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import typer
 
-from flows.cli_stages import COMMANDS
-from flows.cli_support import EXIT_ERROR, EXIT_FAULT, EXIT_OK
+from flows import cli_model, cli_stages  # noqa: F401 - importing them registers their commands
+from flows.cli_support import COMMANDS, EXIT_ERROR, EXIT_FAULT, EXIT_OK
 from photon.errors import PhotonError
 
 app = typer.Typer(
@@ -44,7 +44,8 @@ def options(
     """Question answering on 3D medical volumes that keeps only the tokens a question needs.
 
     `photon retrain` runs all stages in order; the others are these stages one by one:
-    generate, preprocess, train, evaluate, export, score, report.
+    generate, preprocess, train, evaluate, export, score, report. `photon parity` compares the model with the
+    numbers of another implementation.
 
     Exit codes: 0 all is well; 1 an error, told in one line with its code (see docs/errors.md); 2 wrong usage
     or an unexpected fault; 3 done, but some scans were refused or some rows have an error.

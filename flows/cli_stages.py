@@ -1,11 +1,9 @@
-"""The commands of `photon`, one function each; `flows/cli.py` makes the command line of them."""
+"""The stages as commands of `photon`, one function each; `flows/cli.py` makes the command line of them."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -13,6 +11,7 @@ from flows import settings
 from flows.cli_support import (
     EXIT_SOME_FAILED,
     choose,
+    command,
     rows_by_code,
     show_counts,
     show_results,
@@ -20,9 +19,6 @@ from flows.cli_support import (
     tracked,
 )
 from flows.progress import show_progress
-from pipelines.files import prepare_output_folder
-
-COMMANDS: list[Callable[..., Any]] = []
 
 Data = Annotated[Path, typer.Option(help="Data folder: questions.jsonl and volumes/ (see docs/architecture.md).")]
 Checkpoint = Annotated[Path, typer.Option(help="Checkpoint folder of `photon train`.")]
@@ -30,20 +26,7 @@ Modality = Annotated[str, typer.Option(help="auto, ct (values are HU) or mr (val
 Track = Annotated[bool, typer.Option("--track/--no-track", help="Log the run to MLflow.")]
 
 
-def _command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Register a command; when it runs, environment defaults are set before anything reads them."""
-
-    @functools.wraps(function)
-    def command(*args: Any, **kwargs: Any) -> Any:
-        prepare_output_folder(settings.state_folder())
-        settings.apply()
-        return function(*args, **kwargs)
-
-    COMMANDS.append(command)
-    return command
-
-
-@_command
+@command
 def retrain(
     preset: Annotated[str, typer.Option(help="demo (minutes) or smoke (a quick check of every stage).")] = "demo",
     output: Annotated[
@@ -77,7 +60,7 @@ def retrain(
     show_results(report=summary.with_name("report.html"), summary=summary)
 
 
-@_command
+@command
 def generate(
     output: Annotated[Path, typer.Option(help="Data folder to fill.")] = Path("data"),
     preset: Annotated[str, typer.Option(help="How many patients: demo or smoke.")] = "demo",
@@ -104,7 +87,7 @@ def generate(
     )
 
 
-@_command
+@command
 def preprocess(
     input: Annotated[Path, typer.Option(help="Folder of scans, searched with its sub-folders.")],
     output: Annotated[Path, typer.Option(help="Folder for the volumes and manifest.parquet.")],
@@ -131,7 +114,7 @@ def preprocess(
         raise typer.Exit(EXIT_SOME_FAILED)
 
 
-@_command
+@command
 def train(
     data: Data = Path("data"),
     output: Annotated[Path, typer.Option(help="Folder for checkpoints and history.")] = Path("out/train"),
@@ -162,7 +145,7 @@ def train(
     )
 
 
-@_command
+@command
 def evaluate(
     checkpoint: Checkpoint = Path("out/train/checkpoint"),
     blind_checkpoint: Annotated[
@@ -203,7 +186,7 @@ def evaluate(
     show_results(answers=record.answers, scores=output / "evaluation.json")
 
 
-@_command
+@command
 def export(
     checkpoint: Checkpoint = Path("out/train/checkpoint"),
     data: Data = Path("data"),
@@ -226,7 +209,7 @@ def export(
     )
 
 
-@_command
+@command
 def score(
     archive: Annotated[Path, typer.Option(help="Folder of scans, searched with its sub-folders.")],
     questions: Annotated[Path, typer.Option(help="JSON lines file; scan_id * asks every scan.")],
@@ -271,7 +254,7 @@ def score(
         raise typer.Exit(EXIT_SOME_FAILED)
 
 
-@_command
+@command
 def report(
     run: Annotated[Path, typer.Option(help="Output folder of `photon retrain`.")],
     data: Data = Path("data"),

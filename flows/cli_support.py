@@ -1,15 +1,18 @@
-"""What every `photon` command shares: trackers, tables of results, and how they end."""
+"""What every `photon` command shares: the registry, trackers, tables of results, and how they end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
+from flows import settings
 from photon.errors import PhotonError
+from pipelines.files import prepare_output_folder
 
 if TYPE_CHECKING:
     from pipelines.tracking import Tracker
@@ -18,6 +21,21 @@ Preset = TypeVar("Preset")
 
 EXIT_OK, EXIT_ERROR, EXIT_FAULT, EXIT_SOME_FAILED = 0, 1, 2, 3
 """0 all is well; 1 a coded error; 2 wrong usage or an unexpected fault; 3 done, but not for every scan."""
+COMMANDS: list[Callable[..., Any]] = []
+_PIPE_WIDTH = 1000
+
+
+def command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Register a command; when it runs, environment defaults are set before anything reads them."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        prepare_output_folder(settings.state_folder())
+        settings.apply()
+        return function(*args, **kwargs)
+
+    COMMANDS.append(run)
+    return run
 
 
 @contextmanager
@@ -33,11 +51,14 @@ def tracked(run_name: str, is_tracked: bool, data_version: str) -> Iterator[Trac
 
 
 def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table on standard output."""
-    table = Table(*header, title=title, title_justify="left")
+    """A table on standard output; its cells fold on a narrow terminal and are whole in a file or a pipe."""
+    table = Table(*(Column(name, overflow="fold") for name in header), title=title, title_justify="left")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    Console(highlight=False, markup=False).print(table)
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = _PIPE_WIDTH
+    console.print(table)
 
 
 def show_counts(title: str, counts: Mapping[str, int]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli_stages import COMMANDS
+from flows.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("photon", "pipelines", "flows")
