@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -154,6 +154,10 @@ def evaluate(
     data: Data = Path("data"),
     output: Annotated[Path, typer.Option(help="Folder for answers and scores.")] = Path("out/evaluate"),
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    closed_by: Annotated[
+        Literal["generation", "likelihood"],
+        typer.Option(help="Answer closed questions in the model's own words, or by the likeliest option."),
+    ] = "generation",
     track: Track = True,
 ) -> None:
     """Score a checkpoint beside all tokens, text alone and the majority answer.
@@ -175,6 +179,7 @@ def evaluate(
             blind_checkpoint=blind_checkpoint or checkpoint.with_name("blind"),
             split=split,
             data_version=version,
+            closed_by=closed_by,
             tracker=tracker,
             on_progress=on_progress,
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from photon import scheduling
-from photon.generate import Cache, decode_step
+from photon.decoding import Cache, decode_step_functional
 from photon.model.attention import BlockAttention
 from photon.model.network import Photon
 
@@ -164,7 +164,7 @@ class DecodeGraph(nn.Module):
     def forward(
         self, ids: Tensor, positions: Tensor, cache_keys: Tensor, cache_values: Tensor, cache_mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        logits, cache = decode_step(self.model, ids, positions, Cache(cache_keys, cache_values, cache_mask))
+        logits, cache = decode_step_functional(self.model, ids, positions, Cache(cache_keys, cache_values, cache_mask))
         return logits, cache.k, cache.v, cache.mask
 
 

@@ -1,71 +1,172 @@
-"""Answers: greedy decoding over the pruned cache, any number of branches of any lengths at once."""
+"""Answers from the pruned cache: a scan encoded once, any number of questions about it, or a batch of mixed scans.
+
+`encode_scan`, then `ask` (questions up to where their answers begin), then `decode`; `answer` is the last two. For
+the likelihoods of given answers see :mod:`photon.likelihood`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
+from photon.decoding import Cache, build_cache, decode_step
 from photon.errors import PhotonError
-from photon.model.attention import BlockAttention, padded_rows, starts_of
 from photon.model.decoder import QueryKeyValue
-from photon.model.network import Output, Photon
-from photon.model.packing import PackedBatch
+from photon.model.network import ContextState, Output, Photon
+from photon.model.packing import Branch, Context, PackedBatch, pack_batch
+from photon.sampling import AnswerDecoder, Generated, OnToken, Sampling
 
 
 @dataclass(frozen=True)
-class Cache:
-    """Keys and values of the rows each branch kept, side by side.
+class EncodedScan:
+    """What all questions about a scan share.
 
     Attributes:
-        k, v: [layers, B, L, G, d].
-        mask: bool [B, L], False where a branch has no row.
+        context: token ids and grids; the patches, no longer needed, are gone.
+        state: output rows [P, D] of the pruning layer, and keys and values [P, G, d] of the layers up to it.
     """
 
-    k: Tensor
-    v: Tensor
-    mask: Tensor
+    context: Context
+    state: ContextState
 
 
 @dataclass(frozen=True)
-class Generated:
-    """Answer of one branch: its token ids without the end token, and the product of their probabilities."""
+class Prompted:
+    """Questions that have been read; their answers come next.
 
-    ids: tuple[int, ...]
-    confidence: float
+    Attributes:
+        logits: [B, vocabulary] of the first answer token.
+        cache: the rows each branch kept.
+        positions: int64 [B] rotary position of each branch's last row; what follows counts on from there, as if
+            nothing had been pruned.
+        output: the forward pass, with the pruning decision.
+    """
+
+    logits: Tensor
+    cache: Cache
+    positions: Tensor
+    output: Output
 
 
-def build_cache(layers: tuple[QueryKeyValue, ...], lengths: Tensor) -> Cache:
-    """Lay packed keys and values [R, G, d] of every layer out per branch."""
-    rows, mask = padded_rows(starts_of(lengths), lengths)
-    return Cache(torch.stack([s.k[rows] for s in layers]), torch.stack([s.v[rows] for s in layers]), mask)
+@torch.no_grad()
+def encode_scan(model: Photon, context: Context) -> EncodedScan:
+    """Run the vision tower and the layers up to the pruning layer over a context, empty for text-only prompts.
+
+    Raises:
+        PhotonError: ``PROMPT_INVALID`` when placeholders and volumes do not match.
+    """
+    # A batch wants a branch; the contexts' layers do not look at it.
+    nothing = Branch(0, torch.tensor([model.config.eos_token_id]))
+    batch = pack_batch([context], [nothing], model.config).to(_device(model))
+    state = model.encode_contexts(batch, _num_shared_layers(model))
+    # Queries of the context are most of the bytes and never looked at again: one zero stands for all.
+    layers = tuple(QueryKeyValue(s.q.new_zeros(()).expand_as(s.q), s.k, s.v) for s in state.layers)
+    no_patches = dataclasses.replace(context, patches=context.patches[:0].clone())
+    return EncodedScan(no_patches, ContextState(state.hidden, layers))
 
 
-def decode_step(model: Photon, ids: Tensor, positions: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
-    """One token further for every branch.
+@torch.no_grad()
+def ask(
+    model: Photon, scan: EncodedScan, branches: Sequence[Tensor], *, keep_all: bool = False, room: int = 0
+) -> Prompted:
+    """Read questions about an encoded scan, up to where their answers begin.
 
     Args:
-        ids: int64 [B] the token just chosen. positions: int64 [B] its rotary position, the same on all axes.
+        branches: int64 [L] token ids of each question, at least one question.
+        keep_all: use every visual token instead of the scheduled ones.
+        room: answer tokens to leave room for; more can be decoded at the price of a copy of the cache.
 
-    Returns:
-        logits [B, vocabulary] of the next token, and the cache with one more column.
+    Raises:
+        PhotonError: ``PROMPT_INVALID`` when there is no question, or one without tokens.
     """
-    num_branches = ids.shape[0]
-    mask = torch.cat([cache.mask, cache.mask.new_ones(num_branches, 1)], dim=1)
-    x = model.model.embed_tokens(ids)
-    table = model.model.rotary(positions.expand(3, -1))
-    keys, values = [], []
-    for index, layer in enumerate(model.model.layers):
-        x, state = layer(x, table, BlockAttention(mask[:, None], cache.k[index], cache.v[index]))
-        keys.append(state.k)
-        values.append(state.v)
-    grown = Cache(
-        torch.cat([cache.k, torch.stack(keys)[:, :, None]], dim=2),
-        torch.cat([cache.v, torch.stack(values)[:, :, None]], dim=2),
-        mask,
+    if not branches:
+        raise PhotonError("PROMPT_INVALID", "prompt", "there is no question.", "Ask at least one.")
+    batch = pack_batch([scan.context], [Branch(0, ids) for ids in branches], model.config).to(_device(model))
+    return _read(model, batch, scan.state, keep_all=keep_all, room=room)
+
+
+class Choice(TypedDict, total=False):
+    """How tokens are chosen; all may be left out.
+
+    Attributes:
+        sampling: how to draw tokens; None always takes the likeliest one, of equal ones the first id.
+        seeds: one for each branch; None gives every branch the sampling's.
+        stop_ids: tokens that end an answer besides the configuration's end of turn.
+        on_token: called with branch and token id as soon as a token is chosen, an end token included; never for a
+            branch that has ended.
+    """
+
+    sampling: Sampling | None
+    seeds: Sequence[int] | None
+    stop_ids: Collection[int]
+    on_token: OnToken | None
+
+
+@torch.no_grad()
+def decode(model: Photon, prompted: Prompted, *, max_new_tokens: int, **choice: Unpack[Choice]) -> list[Generated]:
+    """Answers to questions that have been read; the same `prompted` may be decoded again.
+
+    Any batch gives what each branch gives alone, drawn answers included: every branch draws from its own seed.
+
+    Args:
+        max_new_tokens: most tokens an answer, its end token included.
+        choice: see :class:`Choice`.
+
+    Raises:
+        PhotonError: ``GENERATION_INVALID`` when `max_new_tokens` or the seeds make no sense, ``ANSWER_NOT_FINITE``
+            with the branches concerned when a number on the way to an answer is not finite.
+    """
+    decoder = AnswerDecoder(
+        prompted.logits.shape[0],
+        end_ids={model.config.eos_token_id, *choice.get("stop_ids", ())},
+        max_new_tokens=max_new_tokens,
+        sampling=choice.get("sampling"),
+        seeds=choice.get("seeds"),
+        on_token=choice.get("on_token"),
     )
-    return model.logits(x), grown
+    cache, positions = prompted.cache.with_room(max_new_tokens - 1), prompted.positions
+    ids = decoder.choose(prompted.logits)
+    while not decoder.is_done:
+        positions = positions + 1
+        logits, cache = decode_step(model, ids, positions, cache)
+        ids = decoder.choose(logits)
+    return decoder.answers()
+
+
+def answer(
+    model: Photon,
+    scan: EncodedScan,
+    branches: Sequence[Tensor],
+    *,
+    keep_all: bool = False,
+    max_new_tokens: int,
+    **choice: Unpack[Choice],
+) -> list[Generated]:
+    """Answers to any number of questions about an encoded scan: :func:`ask`, then :func:`decode`; none to none."""
+    if not branches:
+        return []
+    prompted = ask(model, scan, branches, keep_all=keep_all, room=max_new_tokens)
+    return decode(model, prompted, max_new_tokens=max_new_tokens, **choice)
+
+
+@torch.no_grad()
+def generate(
+    model: Photon, batch: PackedBatch, *, keep_all: bool, max_new_tokens: int, **choice: Unpack[Choice]
+) -> tuple[list[Generated], Output]:
+    """Answers to every branch of a batch of any scans, and the forward pass; otherwise as :func:`answer`.
+
+    Args:
+        batch: contexts and branches that end where the answer begins.
+    """
+    batch = batch.to(_device(model))
+    state = model.encode_contexts(batch, _num_shared_layers(model))
+    prompted = _read(model, batch, state, keep_all=keep_all, room=max_new_tokens)
+    return decode(model, prompted, max_new_tokens=max_new_tokens, **choice), prompted.output
 
 
 def last_rows(batch: PackedBatch, output: Output) -> Tensor:
@@ -73,69 +174,21 @@ def last_rows(batch: PackedBatch, output: Output) -> Tensor:
     return output.branch_rows[batch.branch_lengths.cumsum(0) - 1]
 
 
-@torch.no_grad()
-def generate(
-    model: Photon, batch: PackedBatch, *, keep_all: bool, max_new_tokens: int
-) -> tuple[list[Generated], Output]:
-    """Greedy answers of every branch.
-
-    Args:
-        batch: contexts and branches that end where the answer begins.
-        keep_all: use every visual token instead of the scheduled ones.
-
-    Raises:
-        PhotonError: ``ANSWER_NOT_FINITE`` when a number on the way to an answer is not finite.
-    """
-    output = model(batch, "full" if keep_all else "hard", with_layers=True)
+def _read(model: Photon, batch: PackedBatch, state: ContextState, *, keep_all: bool, room: int) -> Prompted:
+    output = model.run_branches(batch, state, "full" if keep_all else "hard", with_layers=True)
     assert output.layers is not None and output.selection is not None
-    logits = model.logits(output.hidden[last_rows(batch, output)])
-    cache = build_cache(output.layers, output.selection.lengths)
-    positions = batch.branch_positions[0, batch.branch_lengths.cumsum(0) - 1]
-    decoder = GreedyDecoder(logits.shape[0], model.config.eos_token_id)
-    for _ in range(max_new_tokens):
-        ids = decoder.choose(logits)
-        if decoder.is_done:
-            break
-        positions = positions + 1
-        logits, cache = decode_step(model, ids, positions, cache)
-    return decoder.answers(), output
+    return Prompted(
+        logits=model.logits(output.hidden[last_rows(batch, output)]),
+        # The last token needs no column of its own.
+        cache=build_cache(output.layers, output.selection.lengths, room=max(room - 1, 0)),
+        positions=batch.branch_positions[0, batch.branch_lengths.cumsum(0) - 1],
+        output=dataclasses.replace(output, layers=None),  # the cache has them
+    )
 
 
-class GreedyDecoder:
-    """Chooses tokens and keeps the score until every branch has said its end token."""
+def _num_shared_layers(model: Photon) -> int:
+    return model.config.pruning.layer + 1
 
-    def __init__(self, num_branches: int, eos_token_id: int) -> None:
-        self.eos = eos_token_id
-        self.ids: list[list[int]] = [[] for _ in range(num_branches)]
-        self.log_p = torch.zeros(num_branches, dtype=torch.float64)
-        self.ended = torch.zeros(num_branches, dtype=torch.bool)
 
-    @property
-    def is_done(self) -> bool:
-        """Whether every branch has ended."""
-        return bool(self.ended.all())
-
-    def choose(self, logits: Tensor) -> Tensor:
-        """Likeliest token of each branch, int64 [B]; branches that have ended repeat the end token."""
-        if not bool(torch.isfinite(logits).all()):
-            raise PhotonError(
-                "ANSWER_NOT_FINITE",
-                "answer",
-                "a number on the way to it is not finite.",
-                "Check the scan for values that are not numbers, and the checkpoint's training log.",
-            )
-        log_p, ids = logits.double().log_softmax(-1).max(-1)
-        ids = torch.where(self.ended.to(ids.device), self.eos, ids)
-        self.log_p = torch.where(self.ended, self.log_p, self.log_p + log_p.cpu())
-        for answer, token, has_ended in zip(self.ids, ids.tolist(), self.ended.tolist(), strict=True):
-            if not has_ended and token != self.eos:
-                answer.append(token)
-        self.ended = self.ended | (ids.cpu() == self.eos)
-        return ids
-
-    def answers(self) -> list[Generated]:
-        """What was said so far."""
-        return [
-            Generated(tuple(ids), confidence)
-            for ids, confidence in zip(self.ids, self.log_p.exp().tolist(), strict=True)
-        ]
+def _device(model: Photon) -> torch.device:
+    return model.model.embed_tokens.weight.device

@@ -3,10 +3,11 @@ scored."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from pipelines.regions import BoolArray, Retention, organ_tokens, read_organ_mas
 from pipelines.results import EvaluateRecord
 from pipelines.tracking import NullTracker, Tracker
 from pipelines.volumes import read_volume
+
+if TYPE_CHECKING:
+    from pipelines.predict import ClosedBy
 
 ANSWERS_FILE = "answers.parquet"
 RECORD_FILE = "evaluation.json"
@@ -40,6 +44,7 @@ def evaluate(
     blind_checkpoint: Path,
     split: str = "test",
     data_version: str,
+    closed_by: ClosedBy = "generation",
     tracker: Tracker | None = None,
     on_progress: Progress | None = None,
     open_answerer: OpenAnswerer | None = None,
@@ -56,6 +61,7 @@ def evaluate(
         blind_checkpoint: model trained on the questions alone, answering without a volume.
         split: which questions.
         data_version: DVC version of ``data``, copied into the record.
+        closed_by: whether models answer closed questions in their own words or by the likeliest option.
         tracker: gets the summary numbers and the record; default none.
         on_progress: called with scans done, scans in all and the scan just done.
         open_answerer: what opens a model; default :class:`pipelines.predict.TorchAnswerer`.
@@ -78,7 +84,7 @@ def evaluate(
             f"no accepted scan has questions in split {split!r} ({len(in_split)} questions; known: {known}).",
             "Choose a split that has questions, and preprocess its scans first.",
         )
-    open_answerer = open_answerer or _open_torch_answerer
+    open_answerer = open_answerer or functools.partial(_open_torch_answerer, closed_by=closed_by)
     answerers: dict[str, Answerer] = {
         "photon": open_answerer(checkpoint, "photon"),
         "all_tokens": open_answerer(checkpoint, "all_tokens"),
@@ -103,6 +109,7 @@ def evaluate(
         answers=str(output / ANSWERS_FILE),
         num_questions_skipped=len(in_split) - len(asked),
         split=split,
+        closed_by=closed_by,
         data_version=data_version,
     )
     path = record.write(output / RECORD_FILE)
@@ -182,7 +189,7 @@ def _unasked_shares(
     return shares
 
 
-def _open_torch_answerer(checkpoint: Path, policy: str) -> Answerer:
+def _open_torch_answerer(checkpoint: Path, policy: str, *, closed_by: ClosedBy) -> Answerer:
     from pipelines.predict import TorchAnswerer  # torch is slow to import, and tests need no model
 
-    return TorchAnswerer(checkpoint, policy=policy)
+    return TorchAnswerer(checkpoint, policy=policy, closed_by=closed_by)

@@ -97,7 +97,8 @@ class EvaluateRecord(Record):
     `breakdown` rows hold policy, group ("family", "subtype" or "kind"), name and a score; `findings` rows hold a yes/no
     subtype, policy, counts and three scores; `regions` rows hold an organ and the shares of its tokens that were kept;
     `diagnostics` has other metrics of the same answers by policy; `answers` names the Parquet file with one row a
-    policy and question. Questions about scans that preprocessing refused are skipped and counted.
+    policy and question. Questions about scans that preprocessing refused are skipped and counted. `closed_by` says how
+    models answered closed questions: "generation" (in their own words) or "likelihood" (the likeliest option).
     """
 
     accuracy: dict[str, Any]
@@ -111,6 +112,7 @@ class EvaluateRecord(Record):
     num_questions_skipped: int
     split: str
     data_version: str
+    closed_by: str = "generation"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ import torch
 
 from photon.config import PhotonConfig, content_digest
 from photon.errors import PhotonError
-from photon.generate import Generated, GreedyDecoder
 from photon.model.packing import Context
+from photon.sampling import AnswerDecoder, Generated
 from pipelines.answers import Answer
 from pipelines.dataset import scan_context
 from pipelines.files import file_digest, read_json
@@ -56,15 +56,14 @@ class OnnxModel:
         """
         logits, positions = first["logits"], first["positions"]
         cache = {name: first[name] for name in ("cache_keys", "cache_values", "cache_mask")}
-        decoder = GreedyDecoder(logits.shape[0], self.config.eos_token_id)
-        for _ in range(max_new_tokens):
-            ids = decoder.choose(torch.from_numpy(logits)).numpy()
-            if decoder.is_done:
-                break
+        end_ids = {self.config.eos_token_id}
+        decoder = AnswerDecoder(logits.shape[0], end_ids=end_ids, max_new_tokens=max_new_tokens)
+        ids = decoder.choose(torch.from_numpy(logits))
+        while not decoder.is_done:
             positions = positions + 1
-            step = self.run("decode", {"ids": ids, "positions": positions, **cache})
-            logits = step["logits"]
+            step = self.run("decode", {"ids": ids.numpy(), "positions": positions, **cache})
             cache = {name: step[f"next_{name}"] for name in cache}
+            ids = decoder.choose(torch.from_numpy(step["logits"]))
         return decoder.answers()
 
 
@@ -97,6 +96,8 @@ class OnnxAnswerer:
 
     def answer(self, volume: Volume | None, questions: Sequence[Question]) -> list[Answer]:
         """Answers in the order of the questions."""
+        if not questions:
+            return []
         if volume is None:
             raise PhotonError("PROMPT_INVALID", "question", "it comes without a scan.", "Give the scan.")
         started = time.perf_counter()

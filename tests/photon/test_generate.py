@@ -8,11 +8,12 @@ from torch import Tensor
 
 from photon.config import PhotonConfig
 from photon.errors import PhotonError
-from photon.generate import Generated, GreedyDecoder, generate
+from photon.generate import generate
 from photon.model.attention import BlockAttention
 from photon.model.network import Photon
 from photon.model.packing import Branch, Context, PackedBatch, pack_batch
-from photon.testing import NUM_WORDS, micro_config, micro_model, random_branch, random_context
+from photon.sampling import Generated
+from photon.testing import micro_config, micro_model, random_branch, random_context
 
 CONFIG = micro_config()
 MAX_NEW = 6
@@ -99,27 +100,3 @@ def test_a_scan_of_nan_gives_no_answer(keep_all: bool) -> None:
     with pytest.raises(PhotonError) as caught:
         generate(micro_model(), batch, keep_all=keep_all, max_new_tokens=2)
     assert caught.value.code == "ANSWER_NOT_FINITE"
-
-
-def test_decoder_by_hand() -> None:
-    """Branch 0 says 1 and ends; branch 1 ends at once; probabilities multiply until the end token."""
-    eos = NUM_WORDS + 3
-    decoder = GreedyDecoder(2, eos)
-
-    def logits(*chosen: tuple[int, float]) -> Tensor:
-        p = torch.full((len(chosen), NUM_WORDS + 4), 1e-9)
-        for row, (token, probability) in enumerate(chosen):
-            p[row] = (1 - probability) / (NUM_WORDS + 3)
-            p[row, token] = probability
-        return p.log()
-
-    assert decoder.choose(logits((1, 0.5), (eos, 0.8))).tolist() == [1, eos]
-    assert not decoder.is_done
-    assert decoder.choose(logits((eos, 0.25), (2, 0.9))).tolist() == [eos, eos]
-    assert decoder.is_done
-    first, second = decoder.answers()
-    assert (first.ids, second.ids) == ((1,), ())
-    assert first.confidence == pytest.approx(0.125, rel=1e-4)
-    assert second.confidence == pytest.approx(0.8, rel=1e-4)
-    with pytest.raises(PhotonError, match="ANSWER_NOT_FINITE"):
-        decoder.choose(torch.full((2, NUM_WORDS + 4), torch.nan))
