@@ -14,6 +14,8 @@ from typing import Any
 from photon.errors import PhotonError
 
 SGP_RULES = ("paper", "taylor")
+_QWEN_IMAGE_CHANNELS = 3
+_PHOTON_PATCH = {"in_chans": 1, "temporal_patch_size": 14}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,8 @@ class VisionConfig:
     """Subtracted from voxels in [0, 1] before the patch embedding; the public model takes them as they are."""
     intensity_std: float = 1.0
     """Divides what is left. A network trained from scratch needs inputs around 0 with a spread around 1."""
+    empty_below: float | None = None
+    """Visual tokens without a voxel above this value in [0, 1] never enter the model; None: every token does."""
 
     @property
     def patch_voxels(self) -> int:
@@ -112,6 +116,8 @@ class PhotonConfig:
             refuse(f"mrope_section {self.mrope_section} does not sum to half the head width {self.head_dim}.")
         if self.vision.out_hidden_size != self.hidden_size:
             refuse(f"the vision tower gives {self.vision.out_hidden_size} numbers a token, not {self.hidden_size}.")
+        if self.vision.empty_below is not None and not 0 <= self.vision.empty_below < 1:
+            refuse(f"empty_below {self.vision.empty_below} is not a voxel value from 0 to below 1.")
         if not 0 <= self.pruning.layer < self.num_hidden_layers:
             refuse(f"pruning layer {self.pruning.layer} is not one of {self.num_hidden_layers} layers.")
         if self.pruning.sgp_rule not in SGP_RULES:
@@ -137,12 +143,16 @@ class PhotonConfig:
     def from_hf(cls, content: Mapping[str, Any]) -> PhotonConfig:
         """Read a Qwen2.5-VL ``config.json`` with the public Photon changes.
 
+        Both generations of that file are read: all keys of the decoder at the top, or in ``text_config``; rotary
+        settings in ``rope_scaling``, or in ``rope_parameters``. Keys that do not change the network are ignored.
+
         Raises:
-            PhotonError: ``CONFIG_INVALID`` when a key is missing or the numbers do not fit together.
+            PhotonError: ``CONFIG_INVALID`` when a key is missing, the numbers do not fit together, or the file asks
+                for a network that this one is not (another activation, scaled rotary positions, sliding windows).
         """
         try:
             return cls._from_hf(content)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             raise PhotonError(
                 "CONFIG_INVALID",
                 "config.json",
@@ -151,14 +161,31 @@ class PhotonConfig:
             ) from error
 
     @classmethod
+    def from_qwen(cls, content: Mapping[str, Any]) -> PhotonConfig:
+        """Read the ``config.json`` of a plain Qwen2.5-VL: its patches of pictures become patches of a volume.
+
+        Three colours, two frames deep, become one channel, 14 voxels deep. A file with one channel is Photon's own
+        and is read as :meth:`from_hf` reads it, with the same errors.
+        """
+        vision = content.get("vision_config") if isinstance(content, Mapping) else None
+        if not isinstance(vision, Mapping):
+            return cls.from_hf(content)
+        if vision.get("in_chans", vision.get("in_channels", _QWEN_IMAGE_CHANNELS)) == _QWEN_IMAGE_CHANNELS:
+            content = {**content, "vision_config": {**vision, **_PHOTON_PATCH}}
+        return cls.from_hf(content)
+
+    @classmethod
     def _from_hf(cls, content: Mapping[str, Any]) -> PhotonConfig:
-        flat = {**content, **content.get("text_config", {})}
+        decoder = {key: value for key, value in content.get("text_config", {}).items() if value is not None}
+        flat = {**content, **decoder}
         vision = flat["vision_config"]
         photon = dict(flat.get("photon", {}))
         photon.setdefault("layer", max(flat["num_hidden_layers"] // 4 - 1, 0))
         if "keep_band" in photon:
             photon["keep_band"] = tuple(photon["keep_band"])
         rope = flat.get("rope_scaling") or flat["rope_parameters"]
+        _refuse_other_networks(flat, vision, rope)
+        eos = flat["eos_token_id"]
         return cls(
             hidden_size=flat["hidden_size"],
             intermediate_size=flat["intermediate_size"],
@@ -169,12 +196,13 @@ class PhotonConfig:
             mrope_section=tuple(rope["mrope_section"]),
             rms_norm_eps=flat.get("rms_norm_eps", 1e-6),
             rope_theta=flat.get("rope_theta", rope.get("rope_theta", 1e6)),
-            tie_word_embeddings=flat.get("tie_word_embeddings", True),
+            # The public library leaves the key out where it is false.
+            tie_word_embeddings=flat.get("tie_word_embeddings", False),
             initializer_range=flat.get("initializer_range", 0.02),
             vision_start_token_id=flat["vision_start_token_id"],
             vision_end_token_id=flat["vision_end_token_id"],
             video_token_id=flat["video_token_id"],
-            eos_token_id=flat["eos_token_id"],
+            eos_token_id=eos[0] if isinstance(eos, list) else eos,
             vision=VisionConfig(
                 depth=vision["depth"],
                 hidden_size=vision["hidden_size"],
@@ -190,6 +218,7 @@ class PhotonConfig:
                 tokens_per_second=vision.get("tokens_per_second", 2),
                 intensity_mean=vision.get("intensity_mean", 0.0),
                 intensity_std=vision.get("intensity_std", 1.0),
+                empty_below=vision.get("empty_below"),
             ),
             pruning=PruningConfig(**photon),
         )
@@ -211,6 +240,25 @@ class PhotonConfig:
             "vision_config": {**vision, "hidden_act": "silu"},
             "photon": pruning,
         }
+
+
+def _refuse_other_networks(flat: Mapping[str, Any], vision: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
+    """Refuse settings that would silently give other numbers than their authors'."""
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    facts = {
+        f"the activation {flat.get('hidden_act')!r}": flat.get("hidden_act", "silu") != "silu",
+        f"the vision activation {vision.get('hidden_act')!r}": vision.get("hidden_act", "silu") != "silu",
+        f"rotary positions of type {rope_type!r}": rope_type not in ("default", "mrope"),
+        "sliding windows in the decoder": bool(flat.get("use_sliding_window")),
+    }
+    for fact, is_so in facts.items():
+        if is_so:
+            raise PhotonError(
+                "CONFIG_INVALID",
+                "config.json",
+                f"it asks for {fact}, which this network does not have.",
+                "Use a checkpoint without it.",
+            )
 
 
 def content_digest(content: Mapping[str, Any]) -> str:
@@ -252,4 +300,30 @@ def tiny(vocab_size: int, *, special_ids: Mapping[str, int]) -> PhotonConfig:
             intensity_std=0.25,
         ),
         pruning=PruningConfig(layer=1, min_tokens=4, seconds_per_grid=0.5),
+    )
+
+
+def qwen2_5_vl_3b() -> PhotonConfig:
+    """The public size: Qwen2.5-VL-3B with patches of 14x14x14 voxels of one channel, pruning after layer 8 of 36."""
+    return PhotonConfig(
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        vocab_size=151936,
+        mrope_section=(16, 24, 24),
+        vision_start_token_id=151652,
+        vision_end_token_id=151653,
+        video_token_id=151656,
+        eos_token_id=151645,
+        vision=VisionConfig(
+            depth=32,
+            hidden_size=1280,
+            intermediate_size=3420,
+            num_heads=16,
+            out_hidden_size=2048,
+            fullatt_block_indexes=(7, 15, 23, 31),
+        ),
+        pruning=PruningConfig(layer=8),
     )

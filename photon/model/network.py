@@ -6,6 +6,7 @@ has its own copy of the context rows it kept, followed by its own rows.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +26,8 @@ from photon.scheduling import Schedule
 from photon.surrogate import pack
 
 INITIAL_SHARPNESS = 1.5
+PATCH_EMBEDDING = "visual.vision_patch_embed.proj.weight"
+LAST_THRESHOLD_BIAS = ".atp.predictor.mlp.2.bias"
 Mode = Literal["full", "soft", "hard"]
 
 
@@ -79,30 +82,34 @@ class Photon(nn.Module):
     def checkpoint_activations(self, is_on: bool) -> None:
         self.visual.checkpoint_activations = is_on
 
-    def initialise(self, seed: int) -> Photon:
-        """Fill every parameter from ``seed``, for training from scratch.
+    def initialise(self, seed: int, names: Collection[str] | None = None) -> Photon:
+        """Fill every parameter, or those of ``names``, from ``seed``, for training from scratch.
 
         Matrices are normal with variance 1 / inputs, those that write to the residual stream smaller by
         sqrt(2 layers); biases are zero and norms one. Queries start close to their keys, so rows attend to rows
         that resemble them (mimetic initialisation, arXiv 2305.09828): without it a small decoder spends most
         of a short run averaging over all visual tokens. The patch embedding starts as local means.
+
+        Numbers are drawn in the order of the parameters, and only for those that are filled.
         """
         generator = torch.Generator().manual_seed(seed)
+        fresh = {name: p for name, p in self.named_parameters() if names is None or name in names}
         with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if name.endswith("bias"):
+            for name, parameter in fresh.items():
+                if name.endswith(LAST_THRESHOLD_BIAS):
+                    parameter.fill_(self.config.pruning.threshold_bias_init)
+                elif name.endswith("bias"):
                     parameter.zero_()
                 elif parameter.ndim == 1:
                     parameter.fill_(1.0)
                 else:
                     drawn = torch.randn(parameter.shape, generator=generator)
                     parameter.copy_(drawn * self._initial_std(name, parameter))
-            for attention in (module for module in self.modules() if isinstance(module, SelfAttention)):
-                _resemble_keys(attention.q_proj.weight, attention.k_proj.weight, self.config)
-            self.visual.vision_patch_embed.initialise()
-            last = self.model.predictor.mlp[2]
-            assert isinstance(last, nn.Linear)
-            last.bias.fill_(self.config.pruning.threshold_bias_init)
+            for name, module in self.named_modules():
+                if isinstance(module, SelfAttention) and f"{name}.q_proj.weight" in fresh:
+                    _resemble_keys(module.q_proj.weight, module.k_proj.weight, self.config)
+            if PATCH_EMBEDDING in fresh:
+                self.visual.vision_patch_embed.initialise()
         return self
 
     def _initial_std(self, name: str, parameter: Tensor) -> float:
@@ -142,7 +149,7 @@ class Photon(nn.Module):
         """Vision tower and the first ``num_layers`` decoder layers over the contexts."""
         x = self.model.embed_tokens(batch.context_ids)
         if batch.visual_rows.numel():
-            tokens = self.visual(batch.patches, batch.grids).to(x.dtype)
+            tokens = self.visual(batch.patches, batch.grids, batch.present).to(x.dtype)
             x = x.index_copy(0, batch.visual_rows, tokens)
         return self.run_contexts(x, batch, num_layers)
 

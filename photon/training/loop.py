@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from photon.checkpoint import (
-    WEIGHTS,
     load_tensors,
-    load_weights,
     read_config,
     replace_folder,
+    restore_weights,
     save_tensors,
     settle_folder,
     write_model,
@@ -147,7 +146,7 @@ class Trainer:
                 "it was saved by a run with other settings or other data.",
                 "Choose another output folder, or remove this one to start anew.",
             )
-        load_weights(self.model, load_tensors(folder / WEIGHTS), folder)
+        restore_weights(self.model, folder)
         self._load_optimiser(load_tensors(folder / OPTIMISER))
         self.num_steps_done = num_steps_done
         return True
