@@ -55,6 +55,32 @@ def patchify(volume: Tensor, vision: VisionConfig) -> tuple[Tensor, Grid]:
     return patches.contiguous(), (gz, gy, gx)
 
 
+def occupied_tokens(patches: Tensor, vision: VisionConfig) -> Tensor:
+    """Visual tokens of one volume that hold more than air; all of them when ``empty_below`` is None.
+
+    A voxel that is not a number counts as more than air: it must not vanish in silence. Of a blank volume all
+    tokens are returned, so that it is treated as ever.
+
+    Args:
+        patches: float [P, 14*14*14] of the whole volume, in [0, 1].
+
+    Returns:
+        int64 [n] indices of tokens with a voxel above ``empty_below``, ascending.
+    """
+    voxels = patches.unflatten(0, (-1, vision.spatial_merge_size**2)).flatten(1)
+    everything = torch.arange(voxels.shape[0])
+    if vision.empty_below is None:
+        return everything
+    is_occupied = ~(voxels <= vision.empty_below).all(1)
+    return everything[is_occupied] if bool(is_occupied.any()) else everything
+
+
+def patch_rows(tokens: Tensor, vision: VisionConfig) -> Tensor:
+    """Patches of visual tokens int64 [n], in patch order: int64 [4 n]."""
+    size = vision.spatial_merge_size**2
+    return (tokens[:, None] * size + torch.arange(size, device=tokens.device)).flatten()
+
+
 def token_boxes(grid: Grid, vision: VisionConfig) -> Tensor:
     """Voxel box of every visual token: int64 [N, 3, 2], start and end along z, y, x."""
     gz, gy, gx = grid

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from photon.config import PhotonConfig, PruningConfig, VisionConfig
-from photon.grid import Grid, num_visual_tokens
+from photon.grid import Grid, num_visual_tokens, patch_rows
 from photon.model.network import Photon
-from photon.model.packing import IGNORE_INDEX, Branch, Context, pack_batch
+from photon.model.packing import IGNORE_INDEX, Branch, Context, pack_batch, without_empty_tokens
 from photon.training.step import TrainingBatch
 
 NUM_WORDS = 36
@@ -75,8 +75,12 @@ def micro_model(config: PhotonConfig | None = None, *, seed: int = 0) -> Photon:
     return model
 
 
-def random_context(config: PhotonConfig, grids: Sequence[Grid], *, seed: int) -> Context:
-    """A prompt's shared part: a few words and each volume's tokens; empty without volumes."""
+def random_context(config: PhotonConfig, grids: Sequence[Grid], *, seed: int, air: Sequence[int] = ()) -> Context:
+    """A prompt's shared part: a few words and each volume's tokens; empty without volumes.
+
+    Args:
+        air: visual tokens, counted through all volumes, whose voxels are 0. They are left out if ``config`` says so.
+    """
     if not grids:
         return Context(torch.zeros(0, dtype=torch.long), torch.zeros(0, config.vision.patch_voxels), ())
     generator = torch.Generator().manual_seed(seed)
@@ -88,7 +92,8 @@ def random_context(config: PhotonConfig, grids: Sequence[Grid], *, seed: int) ->
         parts.append(torch.tensor([config.vision_end_token_id]))
     num_patches = sum(gz * gy * gx for gz, gy, gx in grids)
     patches = torch.rand(num_patches, config.vision.patch_voxels, generator=generator)
-    return Context(torch.cat(parts), patches, tuple(grids))
+    patches[patch_rows(torch.tensor(list(air), dtype=torch.long), config.vision)] = 0.0
+    return without_empty_tokens(Context(torch.cat(parts), patches, tuple(grids)), config)
 
 
 def random_branch(

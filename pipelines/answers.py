@@ -56,8 +56,8 @@ class Answer:
         question_id: whose answer it is.
         text: the answer.
         confidence: probability of the answer, 0 to 1.
-        num_tokens: visual tokens before pruning; 0 without a scan.
-        kept: indices of the visual tokens kept, ascending.
+        num_tokens: visual tokens of the scan's whole grid, those left out as empty included; 0 without a scan.
+        kept: indices into that grid of the visual tokens kept, ascending.
         seconds: time this answer took.
     """
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from photon.config import PhotonConfig
 from photon.errors import PhotonError
-from photon.grid import Grid, patchify
-from photon.model.packing import IGNORE_INDEX, Branch, Context, pack_batch
+from photon.grid import Grid, num_visual_tokens, occupied_tokens, patch_rows, patchify
+from photon.model.packing import IGNORE_INDEX, Branch, Context, pack_batch, without_empty_tokens
 from photon.training.perturb import draw_kind, perturb
 from photon.training.pretrain import NamingBatch, token_labels
 from photon.training.step import TrainingBatch
@@ -71,9 +71,13 @@ def scan_context(volume: Volume, prompter: Prompter, config: PhotonConfig) -> Co
 
 
 def context_of(patches: Tensor, grid: Grid, prompter: Prompter, config: PhotonConfig) -> Context:
-    """The shared prefix of every prompt about patches of one volume."""
-    num_tokens = patches.shape[0] // config.vision.spatial_merge_size**2
-    return Context(prompter.context_ids([num_tokens]), patches, (grid,))
+    """The shared prefix of every prompt about the patches of one whole volume, without its empty tokens.
+
+    What is empty is decided here, from what the model would see: a scan spoilt for training goes the way that a
+    spoilt scan goes when it is scored.
+    """
+    ids = prompter.context_ids([num_visual_tokens(grid, config.vision)])
+    return without_empty_tokens(Context(ids, patches, (grid,)), config)
 
 
 def empty_context(config: PhotonConfig) -> Context:
@@ -182,16 +186,20 @@ class NamingSource:
     def batch(self, step: int, max_shift: tuple[int, int, int]) -> NamingBatch:
         """Batch of a step, volumes and labels moved together by up to ``max_shift`` voxels."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        patches, grids, targets = [], [], []
+        vision = self.config.vision
+        patches, grids, present, targets, num_tokens = [], [], [], [], 0
         for index in torch.randperm(len(self.scans), generator=generator)[: self.scans_per_step].tolist():
             volume, shift = self.scans[index].volume, draw_shift(max_shift, generator)
             moved = normalise(shifted(volume.voxels, shift, volume.spec.window_hu[0]), volume.spec.window_hu)
-            cut, grid = patchify(torch.from_numpy(moved), self.config.vision)
+            cut, grid = patchify(torch.from_numpy(moved), vision)
             label_map = torch.from_numpy(shifted(self._labels[index], shift, 0))
-            patches.append(cut)
+            own = occupied_tokens(cut, vision)
+            patches.append(cut[patch_rows(own, vision)])
             grids.append(grid)
-            targets.append(token_labels(label_map, grid, self.config.vision, self.num_labels, self.MIN_FRACTION))
-        return NamingBatch(torch.cat(patches), tuple(grids), torch.cat(targets))
+            present.append(own + num_tokens)
+            targets.append(token_labels(label_map, grid, vision, self.num_labels, self.MIN_FRACTION)[own])
+            num_tokens += num_visual_tokens(grid, vision)
+        return NamingBatch(torch.cat(patches), tuple(grids), torch.cat(targets), torch.cat(present))
 
 
 def draw_shift(limits: tuple[int, int, int], generator: torch.Generator) -> tuple[int, ...]:

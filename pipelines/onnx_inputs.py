@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from photon.config import PhotonConfig
-from photon.grid import patch_coordinates, window_ids
+from photon.grid import patch_coordinates, patch_rows, window_ids
 from photon.model.packing import Context, context_positions, question_mask
 
 GRAPHS = ("scan", "question", "decode")
@@ -61,12 +61,16 @@ def scan_inputs(context: Context, config: PhotonConfig) -> Arrays:
     """Inputs of the scan graph for a context of one volume."""
     (grid,) = context.grids
     coordinates = patch_coordinates(grid, config.vision)
+    windows = window_ids(coordinates, config.vision)
+    if context.present is not None:
+        rows = patch_rows(context.present, config.vision)
+        coordinates, windows = coordinates[rows], windows[rows]
     positions, _ = context_positions(context, config)
     return {
         "patches": context.patches.numpy(),
         "patch_rows_columns": coordinates[:, 1:].numpy(),
         "patch_slab": coordinates[:, 0].contiguous().numpy(),
-        "patch_window": window_ids(coordinates, config.vision).numpy(),
+        "patch_window": windows.numpy(),
         "context_ids": context.input_ids.numpy(),
         "context_positions": positions.numpy(),
         "visual_rows": _visual_rows(context, config),

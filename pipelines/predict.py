@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from photon.checkpoint import read_model
 from photon.errors import PhotonError
 from photon.generate import Prompted, ask, decode, encode_scan
+from photon.grid import num_visual_tokens
 from photon.likelihood import option_log_likelihoods
 from pipelines.answers import Answer
 from pipelines.dataset import empty_context, scan_context
@@ -76,7 +78,8 @@ class TorchAnswerer:
         has_volume = volume is not None
         branches = [self.prompter.branch_ids(each.question, has_volume=has_volume) for each in questions]
         context = scan_context(volume, self.prompter, config) if volume is not None else empty_context(config)
-        num_tokens = int((context.input_ids == config.video_token_id).sum())
+        num_tokens = sum(num_visual_tokens(grid, config.vision) for grid in context.grids)
+        present = torch.arange(int((context.input_ids == config.video_token_id).sum()))
         scan = encode_scan(self.model, context)
         keep_all = self.policy == "all_tokens"
         said: dict[int, Said] = {}
@@ -87,8 +90,8 @@ class TorchAnswerer:
             said |= zip(places, reply(prompted, [questions[place] for place in places]), strict=True)
             decision = None if keep_all else prompted.output.schedule
             for branch, place in enumerate(places):
-                tokens = range(num_tokens) if decision is None else decision.kept_tokens(branch).tolist()
-                kept[place] = tuple(tokens)
+                tokens = present if decision is None else decision.kept_tokens(branch)
+                kept[place] = tuple(context.grid_tokens(tokens).tolist())
         seconds = (time.perf_counter() - started) / len(questions)
         return [
             Answer(

@@ -13,6 +13,7 @@ import torch
 
 from photon.config import PhotonConfig, content_digest
 from photon.errors import PhotonError
+from photon.grid import num_visual_tokens
 from photon.model.packing import Context
 from photon.sampling import AnswerDecoder, Generated
 from pipelines.answers import Answer
@@ -106,13 +107,14 @@ class OnnxAnswerer:
         first = self.model.first_logits(context, branches)
         generated = self.model.answer_ids(first, MAX_ANSWER_TOKENS)
         seconds = (time.perf_counter() - started) / len(questions)
+        num_tokens = sum(num_visual_tokens(grid, self.config.vision) for grid in context.grids)
         return [
             Answer(
                 question_id=question.question_id,
                 text=self.prompter.text(said.ids),
                 confidence=said.confidence,
-                num_tokens=kept.shape[0],
-                kept=tuple(np.flatnonzero(kept).tolist()),
+                num_tokens=num_tokens,
+                kept=tuple(context.grid_tokens(torch.from_numpy(np.flatnonzero(kept))).tolist()),
                 seconds=seconds,
             )
             for question, said, kept in zip(questions, generated, first["kept"], strict=True)

@@ -5,6 +5,9 @@ the scan, attention is causal, so it is computed once. A text-only prompt is a b
 
 Rows are packed one after another: first all rows of context 0, then context 1, ...; branches likewise, in
 an array of their own.
+
+Visual tokens that hold only air may be left out (:func:`without_empty_tokens`). The others, and all text, stay where
+they were: their positions, windows and slabs are those of the whole grid.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from photon.config import PhotonConfig
 from photon.errors import PhotonError
-from photon.grid import Grid, num_visual_tokens, visual_positions
+from photon.grid import Grid, num_visual_tokens, occupied_tokens, patch_rows, visual_positions
 
 IGNORE_INDEX = -100
 
@@ -27,14 +30,24 @@ class Context:
     """Tokens shared by several branches.
 
     Attributes:
-        input_ids: int64 [P], visual placeholders included; empty for a text-only prompt.
-        patches: float [sum P_v, 14*14*14] of the volumes in order of their placeholders.
-        grids: patch counts (gz, gy, gx) of each volume.
+        input_ids: int64 [P], a placeholder for each present visual token included; empty for a text-only prompt.
+        patches: float [sum P_v, 14*14*14] of the present tokens, volumes in order of their placeholders.
+        grids: patch counts (gz, gy, gx) of each whole volume.
+        present: int64 [N] visual tokens that are there, ascending, counted through the whole grids of all volumes;
+            None when all are.
     """
 
     input_ids: Tensor
     patches: Tensor
     grids: tuple[Grid, ...]
+    present: Tensor | None = None
+
+    def grid_tokens(self, tokens: Tensor) -> Tensor:
+        """Indices through the whole grids of visual tokens int64 [n] counted among the present ones.
+
+        What leaves the model says which of the tokens it was given are kept; boxes and pictures need these.
+        """
+        return tokens if self.present is None else self.present[tokens.to(self.present.device)]
 
 
 @dataclass(frozen=True)
@@ -57,10 +70,12 @@ class PackedBatch:
     """Contexts and branches as packed arrays. C contexts, B branches, V visual tokens.
 
     Attributes:
-        patches: float [P, 14*14*14]; grids: of every volume.
+        patches: float [P, 14*14*14] of the present visual tokens; grids: of every volume.
+        present: int64 [V] these tokens, counted through the whole grids of all volumes.
         context_ids [Tc], context_positions [3, Tc], context_lengths [C]
         visual_rows: int64 [V] context rows that are visual; visual_counts: [C] how many per context.
-        volume_counts: int64 [volumes] visual tokens of each volume; context_volumes: [C] volumes of each context.
+        volume_counts: int64 [volumes] present visual tokens of each volume.
+        context_volumes: [C] volumes of each context.
         branch_ids [Tb], branch_positions [3, Tb], branch_lengths [B]; branch_context [B].
         question: bool [Tb] question (instruction) tokens.
         labels: int64 [Tb], -100 where nothing is learned.
@@ -68,6 +83,7 @@ class PackedBatch:
 
     patches: Tensor
     grids: tuple[Grid, ...]
+    present: Tensor
     context_ids: Tensor
     context_positions: Tensor
     context_lengths: Tensor
@@ -101,16 +117,18 @@ def pack_batch(contexts: Sequence[Context], branches: Sequence[Branch], config: 
     lengths = torch.tensor([context.input_ids.numel() for context in contexts])
     visual_counts = torch.tensor([int((c.input_ids == config.video_token_id).sum()) for c in contexts])
     grids = tuple(grid for context in contexts for grid in context.grids)
+    tokens = [own for context in contexts for own in _tokens_of_volumes(context, config)]
     ids = torch.cat([branch.input_ids for branch in branches])
     return PackedBatch(
         patches=torch.cat([context.patches for context in contexts]),
         grids=grids,
+        present=_counted_through(tokens, grids, config),
         context_ids=torch.cat([context.input_ids for context in contexts]),
         context_positions=torch.cat(positions, dim=1),
         context_lengths=lengths,
         visual_rows=is_visual.nonzero().flatten(),
         visual_counts=visual_counts,
-        volume_counts=torch.tensor([num_visual_tokens(grid, config.vision) for grid in grids], dtype=torch.long),
+        volume_counts=torch.tensor([own.numel() for own in tokens], dtype=torch.long),
         context_volumes=torch.tensor([len(context.grids) for context in contexts]),
         branch_ids=ids,
         branch_positions=torch.cat(
@@ -140,25 +158,80 @@ def _labels_of(branch: Branch) -> Tensor:
     return branch.labels
 
 
+def without_empty_tokens(context: Context, config: PhotonConfig) -> Context:
+    """Leave out the visual tokens that hold only air, as ``config.vision.empty_below`` says.
+
+    Args:
+        context: with all tokens of its volumes, patches in [0, 1].
+
+    Returns:
+        A context with fewer placeholders and patches; the same one when ``empty_below`` is None or nothing is empty.
+
+    Raises:
+        PhotonError: ``PROMPT_INVALID`` when placeholders and volumes do not match.
+    """
+    vision = config.vision
+    if vision.empty_below is None:
+        return context
+    counts = [own.numel() for own in _tokens_of_volumes(context, config)]
+    volumes = context.patches.split([count * vision.spatial_merge_size**2 for count in counts])
+    present = _counted_through([occupied_tokens(patches, vision) for patches in volumes], context.grids, config)
+    if present.numel() == sum(counts):
+        return context
+    stays = context.input_ids != config.video_token_id
+    stays[(~stays).nonzero().flatten()[present]] = True
+    return Context(context.input_ids[stays], context.patches[patch_rows(present, vision)], context.grids, present)
+
+
 def context_positions(context: Context, config: PhotonConfig) -> tuple[Tensor, int]:
-    """Rotary positions [3, P] of a context, and the position at which its branches start."""
-    expected = [num_visual_tokens(grid, config.vision) for grid in context.grids]
+    """Rotary positions [3, P] of a context, and the position at which its branches start.
+
+    Text after a volume starts after the last position of its whole grid, so that the positions of a question do not
+    depend on where there is air.
+
+    Raises:
+        PhotonError: ``PROMPT_INVALID`` when placeholders and volumes do not match.
+    """
     is_visual = context.input_ids == config.video_token_id
-    if int(is_visual.sum()) != sum(expected):
-        raise PhotonError(
-            "PROMPT_INVALID",
-            "prompt",
-            f"it has {int(is_visual.sum())} visual placeholders for volumes of {expected} tokens.",
-            "Write one placeholder per visual token.",
-        )
     parts: list[Tensor] = []
     start = place = 0
-    for grid, count in zip(context.grids, expected, strict=True):
+    for grid, own in zip(context.grids, _tokens_of_volumes(context, config), strict=True):
         text = int(is_visual[place:].nonzero()[0])
         parts.append((torch.arange(text) + start).expand(3, -1))
-        parts.append(visual_positions(grid, config) + start + text)
-        start = int(parts[-1].max()) + 1
-        place += text + count
+        whole = visual_positions(grid, config) + start + text
+        parts.append(whole[:, own])
+        start = int(whole.max()) + 1
+        place += text + own.numel()
     tail = context.input_ids.numel() - place
     parts.append((torch.arange(tail) + start).expand(3, -1))
     return torch.cat(parts, dim=1), start + tail
+
+
+def _tokens_of_volumes(context: Context, config: PhotonConfig) -> list[Tensor]:
+    """Present visual tokens of each volume, counted through its own grid; refuses a prompt that does not fit them."""
+    whole = [num_visual_tokens(grid, config.vision) for grid in context.grids]
+    present = torch.arange(sum(whole)) if context.present is None else context.present
+    tokens, start = [], 0
+    for count in whole:
+        tokens.append(present[(present >= start) & (present < start + count)] - start)
+        start += count
+    found = [own.numel() for own in tokens]
+    num_placeholders = int((context.input_ids == config.video_token_id).sum())
+    is_ordered = bool((present.diff() > 0).all())
+    if num_placeholders != present.numel() or sum(found) != present.numel() or 0 in found or not is_ordered:
+        raise PhotonError(
+            "PROMPT_INVALID",
+            "prompt",
+            f"it has {num_placeholders} visual placeholders for volumes of {found} tokens.",
+            "Write one placeholder per visual token, and name each present token once, in ascending order.",
+        )
+    return tokens
+
+
+def _counted_through(tokens: Sequence[Tensor], grids: Sequence[Grid], config: PhotonConfig) -> Tensor:
+    """Tokens of each volume's grid, counted through all volumes: int64."""
+    parts, start = [torch.zeros(0, dtype=torch.long)], 0
+    for own, grid in zip(tokens, grids, strict=True):
+        parts.append(own + start)
+        start += num_visual_tokens(grid, config.vision)
+    return torch.cat(parts)

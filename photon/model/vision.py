@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from photon.config import VisionConfig
-from photon.grid import Grid, patch_coordinates, window_ids
+from photon.errors import PhotonError
+from photon.grid import Grid, patch_coordinates, patch_rows, window_ids
 from photon.model.attention import Attention, RaggedAttention, starts_of
 from photon.model.layers import GatedMLP, RMSNorm, maybe_checkpoint, rotary_table, rotate
 
@@ -98,25 +99,36 @@ class VisionTower(nn.Module):
         self.merger = PatchMerger(config)
         self.checkpoint_activations = False
 
-    def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+    def forward(self, patches: Tensor, grids: Sequence[Grid], present: Tensor | None = None) -> Tensor:
         """Encode volumes.
 
         Args:
-            patches: [sum P, 14*14*14] in patch order, one volume after another.
-            grids: patch counts (gz, gy, gx) of each volume.
+            patches: [P, 14*14*14] of the present tokens in patch order, one volume after another.
+            grids: patch counts (gz, gy, gx) of each whole volume.
+            present: int64 [N] visual tokens that the patches belong to, counted through all grids; None when to all.
 
         Returns:
-            [sum N, D] visual tokens, one volume after another.
+            [N, D] visual tokens, one volume after another.
+
+        Raises:
+            PhotonError: ``PROMPT_INVALID`` when there are more or fewer patches than tokens take.
         """
-        coordinates = [patch_coordinates(grid, self.config).to(patches.device) for grid in grids]
-        windows = _numbered([window_ids(c, self.config) for c in coordinates])
-        slabs = _numbered([c[:, 0] for c in coordinates])
+        parts = [patch_coordinates(grid, self.config).to(patches.device) for grid in grids]
+        coordinates = torch.cat(parts)
+        windows = _numbered([window_ids(part, self.config) for part in parts])
+        slabs = _numbered([part[:, 0] for part in parts])
+        if present is not None:
+            rows = patch_rows(present, self.config)
+            coordinates, windows, slabs = coordinates[rows], windows[rows], slabs[rows]
+        if patches.shape[0] != coordinates.shape[0]:
+            fact = f"it has {patches.shape[0]} patches where its visual tokens take {coordinates.shape[0]}."
+            raise PhotonError("PROMPT_INVALID", "prompt", fact, "Give the patches of all present tokens, no others.")
         # Sorting by window keeps each slab together (a window lies in one slab), so both kinds of attention
         # see their segments as ranges of rows; the order is undone at the end.
         order = torch.argsort(windows, stable=True)
         tokens = self.encode(
             patches[order],
-            torch.cat(coordinates)[order, 1:],
+            coordinates[order, 1:],
             full=_segments(slabs[order]),
             windowed=_segments(windows[order]),
         )

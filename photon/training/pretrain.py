@@ -37,12 +37,15 @@ class NamingBatch:
     """Patches of several volumes and what their visual tokens hold.
 
     Attributes:
-        patches: float [sum P, 14*14*14]; grids: of each volume; targets: float [sum N, K], 0 or 1.
+        patches: float [P, 14*14*14]; grids: of each volume; present: int64 [N] or None, as the vision tower takes
+            them.
+        targets: float [N, K] of the present tokens, 0 or 1.
     """
 
     patches: Tensor
     grids: tuple[Grid, ...]
     targets: Tensor
+    present: Tensor | None = None
 
 
 def token_labels(labels: Tensor, grid: Grid, vision: VisionConfig, num_labels: int, min_fraction: float) -> Tensor:
@@ -89,7 +92,7 @@ def pretrain_vision(
             group["lr"] = base * rise * fall
         batch = batch_at(step)
         # Only the direction of a token counts, as for the decoder, which normalises what it reads.
-        tokens = F.rms_norm(tower(batch.patches, batch.grids), (tower.config.out_hidden_size,))
+        tokens = F.rms_norm(tower(batch.patches, batch.grids, batch.present), (tower.config.out_hidden_size,))
         loss = F.binary_cross_entropy_with_logits(head(tokens), batch.targets, pos_weight=weight)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
