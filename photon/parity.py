@@ -102,15 +102,17 @@ def _with_pruning(model: Photon, **changes: float | str) -> Photon:
 def _sample_rows(model: Photon, sample: GoldenSample, path: Path) -> Iterator[ParityRow]:
     batch = golden.batch_of(sample, model.config, path)
     yield from _mask_rows(sample, batch)
+    visual = [torch.zeros(0, model.config.hidden_size)]
+    hook = model.visual.register_forward_hook(lambda _module, _arguments, tokens: visual.append(tokens))
     with torch.no_grad():
         early = model.encode_contexts(batch, model.config.pruning.layer + 1)
-        visual = model.visual(batch.patches, batch.grids) if batch.grids else early.hidden[:0]
+    hook.remove()
     for mode in MODES:
         if mode not in sample.outputs:
             continue
         theirs = sample.outputs[mode]
         output = _forward(model, batch, early, mode)
-        ours = {"visual_embeds": visual, **_forward_values(model, batch, early, output)}
+        ours = {"visual_embeds": visual[-1], **_forward_values(model, batch, early, output)}
         if MODES[mode].stage is not None:
             ours |= _training_values(model, batch, mode, theirs)
         yield from _mode_rows(sample.name, mode, theirs, ours)
