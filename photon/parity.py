@@ -22,6 +22,7 @@ from photon.model.packing import PackedBatch
 from photon.scheduling import Schedule
 from photon.surrogate import pack
 from photon.training.step import TrainingBatch, compute_loss
+from photon.weights import public_name
 
 FORWARD_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
 LOSS_FLOOR = 1e-2
@@ -187,19 +188,13 @@ def _training_values(model: Photon, batch: PackedBatch, mode: str, theirs: Tenso
     item = TrainingBatch(batch, torch.tensor([mode == "robust"]), torch.tensor([mode == "flip"]))
     loss = compute_loss(model, item, stage).loss
     parameters = {f"grad.{name}": parameter for name, parameter in model.named_parameters()}
-    names = {name: _public_name(name) for name in theirs if _public_name(name) in parameters}
+    names = {name: f"grad.{public_name(name.removeprefix('grad.'))}" for name in theirs if name.startswith("grad.")}
+    names = {name: public for name, public in names.items() if public in parameters}
     sources = [*(parameters[public] for public in names.values()), *inputs]
     found = torch.autograd.grad(loss, sources, allow_unused=True)
     arrived = [torch.zeros_like(x) if g is None else g for x, g in zip(sources, found, strict=True)]
     of_inputs = torch.cat(arrived[len(names) :])[None]
     return {"loss": loss.detach(), "grad.inputs_embeds": of_inputs, **dict(zip(names, arrived, strict=False))}
-
-
-def _public_name(name: str) -> str:
-    for newer, public in (("grad.model.language_model.", "grad.model."), ("grad.model.visual.", "grad.visual.")):
-        if name.startswith(newer):
-            return public + name.removeprefix(newer)
-    return name
 
 
 def _mode_rows(sample: str, mode: str, theirs: Tensors, ours: Tensors) -> Iterator[ParityRow]:

@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from photon.checkpoint import load_tensors, write_model
+from photon.checkpoint import load_tensors, read_model, write_model
 from photon.config import PhotonConfig
 from photon.errors import PhotonError
 from photon.grid import Grid
 from photon.parity import KEPT_SET, ParityRow, check_parity, largest_errors
 from photon.testing import micro_config, micro_model
+from photon.weights import INDEX
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 CASES = "cases.safetensors"
@@ -355,6 +356,27 @@ def without(*keep: str) -> Callable[[dict[str, Tensor]], None]:
                 del tensors[name]
 
     return change
+
+
+def test_shards_under_the_newer_names_hold_too(tmp_path: Path) -> None:
+    def newer(name: str) -> str:
+        return f"model.{name}" if name.startswith("visual.") else name.replace("model.", "model.language_model.", 1)
+
+    write_model(read_model(GOLDEN), tmp_path, max_shard_bytes=2**20)
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert len(set(index["weight_map"].values())) == 2
+    for file in set(index["weight_map"].values()):
+        save_file({newer(name): value for name, value in load_tensors(tmp_path / file).items()}, tmp_path / file)
+    index["weight_map"] = {newer(name): file for name, file in index["weight_map"].items()}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    cases = {}
+    for name, value in load_tensors(GOLDEN / CASES).items():
+        before, is_gradient, weight = name.partition(".grad.")
+        is_weight = is_gradient and weight != "inputs_embeds"
+        cases[f"{before}.grad.{newer(weight)}" if is_weight else name] = value
+    assert any("grad.model.visual." in name for name in cases)
+    save_file(cases, tmp_path / CASES)
+    assert not failed(check_parity(tmp_path, tmp_path / CASES))
 
 
 def test_seconds_per_grid_may_stand_in_the_file(folders: dict[str, Path], tmp_path: Path) -> None:
