@@ -1,0 +1,266 @@
+"""What the 14-deep patch saves, what pruning saves, and what sharing the scan saves: one run, the same weights.
+
+Contenders: `vanilla` (patches two slices deep), `all_tokens` (14 deep, unpruned), `photon` (14 deep, pruned to the share
+of tokens that --keep names). On a CPU the shapes are the public 3B model's at an eighth of the width and a third of the
+depth, with its own 140 x 280 x 280 volume: 7000 tokens for vanilla, 1000 for the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import write_results
+
+from photon.config import PhotonConfig, PruningConfig, VisionConfig
+from photon.generate import generate
+from photon.grid import patchify
+from photon.model.network import Photon
+from photon.model.packing import IGNORE_INDEX, Branch, Context, pack_batch
+from photon.training.stages import Stage
+from photon.training.step import TrainingBatch, compute_loss
+
+CONTENDERS = ("vanilla", "all_tokens", "photon")
+PHASES = ("prefill", "generation", "training")
+VOLUME = (140, 280, 280)
+NUM_QUESTION, NUM_ANSWER, NUM_GENERATED = 30, 8, 16
+QUESTIONS = (1, 8, 32)
+VOCABULARY, START, END, VIDEO, EOS = 4096, 1, 2, 3, 4
+
+
+def scaled_down(patch_depth: int) -> PhotonConfig:
+    """The 3B configuration's proportions: width / 8, depth / 3, pruning after a quarter of the layers."""
+    return PhotonConfig(
+        hidden_size=256,
+        intermediate_size=1376,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=1,
+        vocab_size=VOCABULARY,
+        mrope_section=(4, 6, 6),
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+        video_token_id=VIDEO,
+        eos_token_id=EOS,
+        vision=VisionConfig(
+            depth=11,
+            hidden_size=160,
+            intermediate_size=428,
+            num_heads=4,
+            out_hidden_size=256,
+            temporal_patch_size=patch_depth,
+            fullatt_block_indexes=(2, 5, 8, 10),
+        ),
+        pruning=PruningConfig(layer=2),
+    )
+
+
+class Contender:
+    """One way to treat the same scan and questions, with the same weights wherever shapes agree."""
+
+    def __init__(self, name: str, bias: float) -> None:
+        """``bias`` is the last bias of the threshold network, which sets how many tokens stay."""
+        self.name = name
+        self.keep_all = name != "photon"
+        self.stage: Stage = "warm-up" if self.keep_all else "hard"
+        config = scaled_down(2 if name == "vanilla" else 14)
+        self.model = Photon(config).initialise(0).eval()
+        generator = torch.Generator().manual_seed(0)
+        volume = torch.rand(VOLUME, generator=generator)
+        patches, grid = patchify(volume, config.vision)
+        num_tokens = patches.shape[0] // 4
+        self.context = Context(torch.tensor([5, START, *[VIDEO] * num_tokens, END]), patches, (grid,))
+        words = torch.randint(6, VOCABULARY, (max(QUESTIONS), NUM_QUESTION + NUM_ANSWER), generator=generator)
+        self.questions = list(words[:, :NUM_QUESTION])
+        self.answers = list(words[:, NUM_QUESTION:])
+        with torch.no_grad():
+            self.model.model.embed_tokens.weight[EOS] = 0.0  # never the likeliest: every answer has the same length
+            dict(self.model.named_parameters())[f"model.layers.{config.pruning.layer}.atp.predictor.mlp.2.bias"].fill_(
+                bias
+            )
+
+    def branch(self, number: int, *, has_answer: bool) -> Branch:
+        """A question, and in training its answer."""
+        asked = torch.cat([self.questions[number], torch.tensor([EOS, 5])])
+        if not has_answer:
+            return Branch(0, asked)
+        answer = self.answers[number]
+        return Branch(0, torch.cat([asked, answer]), torch.cat([torch.full_like(asked, IGNORE_INDEX), answer]))
+
+    def ask(self, numbers: range, num_tokens: int) -> list[tuple[int, ...]]:
+        """Answer questions together, from the scan on."""
+        branches = [self.branch(number, has_answer=False) for number in numbers]
+        batch = pack_batch([self.context], branches, self.model.config)
+        said, _ = generate(self.model, batch, keep_all=self.keep_all, max_new_tokens=num_tokens)
+        return [answer.ids for answer in said]
+
+    def encode(self, numbers: range) -> Tensor:
+        """Rows that predict the first answer token of questions about one scan, the scan shared all the way."""
+        branches = [self.branch(number, has_answer=False) for number in numbers]
+        batch = pack_batch([self.context], branches, self.model.config)
+        with torch.no_grad():
+            output = self.model(batch, "full" if self.keep_all else "hard")
+            return self.model.logits(output.hidden[output.branch_rows[batch.branch_lengths.cumsum(0) - 1]])
+
+    def train(self) -> float:
+        """Forward and backward of one question and answer."""
+        batch = pack_batch([self.context], [self.branch(0, has_answer=True)], self.model.config)
+        none = torch.zeros(1, dtype=torch.bool)
+        result = compute_loss(self.model, TrainingBatch(batch, none, none), self.stage)
+        result.loss.backward()
+        self.model.zero_grad(set_to_none=True)
+        return result.kept_fraction
+
+    def run(self, phase: str) -> None:
+        """One of PHASES."""
+        if phase == "training":
+            self.train()
+        else:
+            self.ask(range(1), 1 if phase == "prefill" else NUM_GENERATED + 1)
+
+
+def calibrated_bias(keep: float) -> float:
+    """The bias at which the share ``keep`` of the tokens stays, averaged over the questions."""
+    contender = Contender("photon", 0.0)
+    branches = [contender.branch(number, has_answer=False) for number in range(max(QUESTIONS))]
+    batch = pack_batch([contender.context], branches, contender.model.config)
+    with torch.no_grad():
+        decision = contender.model(batch, "hard").schedule
+    assert decision is not None
+    scale = contender.model.config.pruning.threshold_scale
+    logit = torch.logit(decision.theta / scale)
+    low, high = -8.0, 8.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        theta = scale * torch.sigmoid(logit + middle)
+        low, high = (middle, high) if float((decision.rho > theta[:, None]).float().mean()) > keep else (low, middle)
+    return low
+
+
+def flops_of(function: Callable[[], object]) -> int:
+    """Floating-point operations: matrix products and attention (a causal triangle counts half)."""
+
+    def attention(query: Any, key: Any, value: Any, dropout: float = 0.0, is_causal: bool = False, **_: Any) -> int:
+        batch, heads, rows, width = query
+        return batch * heads * rows * key[-2] * width * 4 // (2 if is_causal else 1)
+
+    def backward(grad: Any, query: Any, key: Any, value: Any, *rest: Any, **kwargs: Any) -> int:
+        return attention(query, key, value, 0.0, bool(rest[3])) * 5 // 2
+
+    aten = torch.ops.aten
+    custom: dict[Any, Any] = {
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=custom) as counter:
+        function()
+    return int(counter.get_total_flops())
+
+
+def best_of_each(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Shortest time of each in seconds, taken in turns so that a slow moment hits all of them."""
+    times = {name: float("inf") for name in functions}
+    for turn in range(repeats + 1):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            function()
+            if turn:  # the first turn warms up
+                times[name] = min(times[name], time.perf_counter() - started)
+    return times
+
+
+def peak_megabytes(name: str, phase: str, bias: float) -> float:
+    """Memory that a phase needs on top of model and scan, measured in a process of its own."""
+    command = [sys.executable, __file__, "--one", name, phase, str(bias)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def measure_peak(name: str, phase: str, bias: float) -> float:
+    """Growth of this process's peak memory in MB."""
+    contender = Contender(name, bias)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
+    before = _resident_kb("VmHWM")
+    contender.run(phase)
+    return (_resident_kb("VmHWM") - before) / 1024
+
+
+def _resident_kb(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def questions_on_one_scan(contender: Contender, repeats: int) -> list[dict[str, float]]:
+    """K questions together against K separate runs, first tokens of all of them."""
+
+    def apart(count: int) -> Tensor:
+        return torch.cat([contender.encode(range(number, number + 1)) for number in range(count)])
+
+    rows = []
+    for count in QUESTIONS:
+        together, separate = contender.encode(range(count)), apart(count)
+        difference = float((together - separate).abs().max() / separate.abs().max())
+        assert difference < 1e-4, f"{count} questions: logits differ by {difference}"
+        times = best_of_each(
+            {"shared": lambda n=count: contender.encode(range(n)), "separate": lambda n=count: apart(n)},  # type: ignore[misc]
+            repeats if count < 32 else 1,
+        )
+        ratio = times["shared"] / times["separate"]
+        rows.append({"questions": count, "shared_over_separate": ratio, "relative_logit_difference": difference})
+        print(rows[-1])
+    return rows
+
+
+def main() -> None:
+    """Compare and write results/model.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", type=float, default=0.39, help="share of the visual tokens that stay (paper: 0.39)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each; the shortest counts")
+    parser.add_argument("--one", nargs=3, metavar=("NAME", "PHASE", "BIAS"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(measure_peak(arguments.one[0], arguments.one[1], float(arguments.one[2])))
+        return
+    bias = calibrated_bias(arguments.keep)
+    contenders = {name: Contender(name, bias) for name in CONTENDERS}
+    phases: dict[str, dict[str, Any]] = {}
+    for phase in PHASES:
+        seconds = best_of_each({n: lambda c=c: c.run(phase) for n, c in contenders.items()}, arguments.repeats)  # type: ignore[misc]
+        flops = {name: flops_of(lambda c=c: c.run(phase)) for name, c in contenders.items()}  # type: ignore[misc]
+        memory = {name: peak_megabytes(name, phase, bias) for name in CONTENDERS}
+        phases[phase] = {
+            f"{a}_over_{b}": {"time": seconds[a] / seconds[b], "flops": flops[a] / flops[b], "peak": memory[a] / memory[b]}
+            for a, b in (("vanilla", "all_tokens"), ("all_tokens", "photon"), ("vanilla", "photon"))
+        }
+        print(phase, json.dumps(phases[phase]))
+    kept = contenders["photon"].train()
+    sharing = {n: questions_on_one_scan(contenders[n], arguments.repeats) for n in ("all_tokens", "photon")}
+    pruned = phases["training"]["all_tokens_over_photon"]
+    write_results(
+        "model",
+        {
+            "configuration": dataclasses.asdict(contenders["photon"].model.config),
+            "visual_tokens": {name: int((c.context.input_ids == VIDEO).sum()) for name, c in contenders.items()},
+            "kept_fraction": kept,
+            "ratios": phases,
+            "questions_on_one_scan": sharing,
+            "training_speedup_over_arithmetic": pruned["time"] / pruned["flops"],
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
