@@ -132,11 +132,9 @@ class RaggedAttention:
     @functools.cached_property
     def _blocks(self) -> tuple[list[_Block], Tensor | None]:
         """Blocks, and the places of the packed rows in their concatenated outputs (None when in order)."""
-        blocks = [
-            _Block.build(group, self.device, is_causal=self.is_causal)
-            for group in _similar(self.segments, is_causal=self.is_causal)
-        ]
-        if len(blocks) == 1:
+        groups = list(_similar(self.segments, is_causal=self.is_causal))
+        blocks = [_Block.build(group, self.device, is_causal=self.is_causal) for group in groups]
+        if [segment for group in groups for segment in group] == self.segments:
             return blocks, None
         rows = torch.cat([block.rows for block in blocks])
         return blocks, torch.empty_like(rows).index_copy_(0, rows, torch.arange(rows.shape[0], device=self.device))

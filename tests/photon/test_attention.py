@@ -29,10 +29,11 @@ def random_rows(num_queries: int, num_keys: int, heads: int, groups: int) -> tup
     return q, k, v
 
 
-@pytest.mark.parametrize("lengths", [[3, 3], [1, 4, 2], [5], [2, 0, 3]])
+@pytest.mark.parametrize("lengths", [[3, 3], [1, 4, 2], [5], [2, 0, 3], [10, 9, 10, 8], [3, 1, 2, 3]])
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize(("heads", "groups"), [(2, 2), (4, 2), (4, 1)])
 def test_segments_agree_with_a_loop(lengths: list[int], is_causal: bool, heads: int, groups: int) -> None:
+    """Lengths also such that all segments fit one block, but not in their order."""
     total = sum(lengths)
     q, k, v = random_rows(total, total, heads, groups)
     sizes = torch.tensor(lengths)
