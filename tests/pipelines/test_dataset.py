@@ -12,7 +12,9 @@ import torch
 from photon.config import PhotonConfig, tiny
 from photon.errors import PhotonError
 from photon.model.packing import IGNORE_INDEX
+from photon.model.vision import VisionTower
 from photon.training.step import TrainingBatch
+from pipelines import dataset
 from pipelines.dataset import (
     BatchSource,
     Draw,
@@ -133,6 +135,57 @@ def test_patches_are_the_volume_in_zero_to_one(
     assert grid == (3, 4, 4) and float(patches.min()) >= 0.0 and float(patches.max()) <= 1.0
     context = scan_context(volume, prompter, config)
     assert int((context.input_ids == config.video_token_id).sum()) == 12
+
+
+def half_air(scan: LabelledScan) -> LabelledScan:
+    """The scan with nothing in its first 28 voxels along x: the even ones of its 3 x 2 x 2 tokens."""
+    voxels = scan.volume.voxels.copy()
+    voxels[:, :, :28] = scan.volume.spec.window_hu[0]
+    return dataclasses.replace(scan, volume=dataclasses.replace(scan.volume, voxels=voxels))
+
+
+def skipping(config: PhotonConfig) -> PhotonConfig:
+    return dataclasses.replace(config, vision=dataclasses.replace(config.vision, empty_below=0.0))
+
+
+def test_empty_tokens_have_no_part_in_a_context(
+    scans: list[LabelledScan], prompter: Prompter, config: PhotonConfig
+) -> None:
+    volume = half_air(scans[0]).volume
+    context = scan_context(volume, prompter, skipping(config))
+    assert context.present is not None and context.present.tolist() == [1, 3, 5, 7, 9, 11]
+    assert context.input_ids.tolist() == prompter.context_ids([6]).tolist()
+    patches, _ = volume_patches(volume, config)
+    assert torch.equal(context.patches.view(6, -1), patches.view(12, -1)[1::2])
+    assert scan_context(volume, prompter, config).present is None
+
+
+def test_what_is_empty_is_decided_after_a_scan_was_spoilt(
+    scans: list[LabelledScan], prompter: Prompter, config: PhotonConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise fills the air, blanking leaves nothing to tell air from: either way all tokens are there."""
+    aired = [half_air(scan) for scan in scans]
+    for kind, count in (("noise", 12), ("blank", 12), ("drop_voxels", 6)):
+        monkeypatch.setattr(dataset, "draw_kind", lambda generator, kind=kind: kind)
+        item = source(aired, prompter, skipping(config), max_shift=(0, 0, 0), robust_probability=1.0).batch(0, False)
+        assert item.batch.volume_counts.tolist() == [count, count], kind
+    calm = source(aired, prompter, skipping(config), max_shift=(0, 0, 0), robust_probability=0.0).batch(0, False)
+    assert calm.batch.present.tolist() == list(range(1, 24, 2))
+
+
+def test_naming_leaves_out_what_the_model_will_not_see(
+    smoke_data: Path, scans: list[LabelledScan], config: PhotonConfig
+) -> None:
+    aired, labels = [half_air(scan) for scan in scans[:3]], smoke_data / "raw" / "labels"
+    whole, less = (
+        NamingSource(aired, labels, changed, scans_per_step=2, seed=0).batch(1, (0, 0, 0))
+        for changed in (config, skipping(config))
+    )
+    assert less.present is not None and less.present.tolist() == list(range(1, 24, 2))
+    assert torch.equal(less.targets, whole.targets[1::2])
+    assert torch.equal(less.patches.view(12, -1), whole.patches.view(24, -1)[1::2])
+    tower = VisionTower(config.vision)
+    assert tower(less.patches, less.grids, less.present).shape[0] == less.targets.shape[0]
 
 
 def test_shifted() -> None:

@@ -116,6 +116,33 @@ def test_a_blank_volume_is_answered_alike(
     assert result.is_accepted, result
 
 
+@pytest.mark.parametrize("num_present", [1, 2, 3, 7])
+def test_a_scan_without_its_empty_tokens_is_answered_alike(
+    graphs: OnnxModel,
+    model: Photon,
+    prompter: Prompter,
+    smoke_data: Path,
+    num_present: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The graphs are told positions and windows, so the same ones serve; also with fewer tokens than always stay."""
+    config = dataclasses.replace(model.config, vision=dataclasses.replace(model.config.vision, empty_below=0.1))
+    skipping = Photon(config)
+    skipping.load_state_dict(model.state_dict())
+    patches, grid = patchify(torch.rand(42, 56, 56, generator=torch.Generator().manual_seed(0)), config.vision)
+    present = torch.randperm(12, generator=torch.Generator().manual_seed(num_present))[:num_present]
+    is_air = torch.ones(12, dtype=torch.bool)
+    is_air[present] = False
+    patches.view(12, -1)[is_air] *= 0.1
+    context = context_of(patches, grid, prompter, config)
+    assert context.present is not None and context.present.tolist() == sorted(present.tolist())
+    branches = tuple(prompter.branch_ids(q.question) for q in read_split(smoke_data, "test")[0].questions[:4])
+    monkeypatch.setattr(graphs, "config", config)
+    result = compare(skipping, graphs, [Case(context, branches)])
+    assert result.is_accepted, result
+    assert result.token_counts == (num_present,)
+
+
 def test_gate_cases_differ(model: Photon, prompter: Prompter, smoke_data: Path) -> None:
     cases = gate_cases(read_split(smoke_data, "test"), model, prompter)
     assert len({case.context.patches.shape[0] for case in cases}) == 4

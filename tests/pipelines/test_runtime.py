@@ -61,6 +61,34 @@ def test_answers_are_those_of_torch(answerer: OnnxAnswerer, trained: Path, scans
         assert all(0 < len(a.kept) <= a.num_tokens == 12 and a.seconds > 0 for a in ours)
 
 
+def test_tokens_are_counted_in_the_whole_grid(
+    folder: Path, trained: Path, scans: list[LabelledScan], tmp_path: Path
+) -> None:
+    """Air fills the even ones of the 3 x 2 x 2 tokens; answers and pictures must still find the others."""
+
+    def skip(content: dict[str, Any]) -> None:
+        content["config"]["vision_config"]["empty_below"] = 0.0
+        content["config_digest"] = PhotonConfig.from_hf(content["config"]).digest()
+
+    edit_model_file(folder, skip)
+    checkpoint = Path(shutil.copytree(trained / "checkpoint", tmp_path / "checkpoint"))
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["vision_config"]["empty_below"] = 0.0
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    voxels = scans[0].volume.voxels.copy()
+    voxels[:, :, :28] = scans[0].volume.spec.window_hu[0]
+    volume, questions = dataclasses.replace(scans[0].volume, voxels=voxels), scans[0].questions[:5]
+    ours, theirs, all_tokens = (
+        answerer.answer(volume, questions)
+        for answerer in (OnnxAnswerer(folder), TorchAnswerer(checkpoint), TorchAnswerer(checkpoint, "all_tokens"))
+    )
+    assert [(a.text, a.kept) for a in ours] == [(a.text, a.kept) for a in theirs]
+    for answer in ours:
+        assert answer.num_tokens == 12
+        assert set(answer.kept) <= {1, 3, 5, 7, 9, 11} and max(answer.kept) > 5
+    assert {a.kept for a in all_tokens} == {(1, 3, 5, 7, 9, 11)} and all_tokens[0].num_tokens == 12
+
+
 def test_one_question_equals_the_same_among_many(answerer: OnnxAnswerer, scans: list[LabelledScan]) -> None:
     many = answerer.answer(scans[0].volume, scans[0].questions[:8])
     for place in (0, 5):
