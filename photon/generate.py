@@ -1,7 +1,8 @@
 """Answers from the pruned cache: a scan encoded once, any number of questions about it, or a batch of mixed scans.
 
-`encode_scan`, then `ask` (questions up to where their answers begin), then `decode`; `answer` is the last two. For
-the likelihoods of given answers see :mod:`photon.likelihood`.
+`encode_scan`, then `ask` (questions up to where their answers begin), then `decode`; `answer` is the last two. A batch
+of mixed scans takes `ask_batch`, then `decode`; `generate` is both. For the likelihoods of given answers see
+:mod:`photon.likelihood`.
 """
 
 from __future__ import annotations
@@ -90,6 +91,13 @@ def ask(
     return _read(model, batch, scan.state, keep_all=keep_all, room=room)
 
 
+@torch.no_grad()
+def ask_batch(model: Photon, batch: PackedBatch, *, keep_all: bool, room: int = 0) -> Prompted:
+    """Encode the scans of a batch and read its questions; arguments as in :func:`ask`."""
+    batch = batch.to(_device(model))
+    return _read(model, batch, model.encode_contexts(batch, _num_shared_layers(model)), keep_all=keep_all, room=room)
+
+
 class Choice(TypedDict, total=False):
     """How tokens are chosen; all may be left out.
 
@@ -154,7 +162,6 @@ def answer(
     return decode(model, prompted, max_new_tokens=max_new_tokens, **choice)
 
 
-@torch.no_grad()
 def generate(
     model: Photon, batch: PackedBatch, *, keep_all: bool, max_new_tokens: int, **choice: Unpack[Choice]
 ) -> tuple[list[Generated], Output]:
@@ -163,9 +170,7 @@ def generate(
     Args:
         batch: contexts and branches that end where the answer begins.
     """
-    batch = batch.to(_device(model))
-    state = model.encode_contexts(batch, _num_shared_layers(model))
-    prompted = _read(model, batch, state, keep_all=keep_all, room=max_new_tokens)
+    prompted = ask_batch(model, batch, keep_all=keep_all, room=max_new_tokens)
     return decode(model, prompted, max_new_tokens=max_new_tokens, **choice), prompted.output
 
 
