@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -101,3 +102,30 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def lock_output(folder: Path) -> Iterator[None]:
+    """Keep a second process out of `folder` while this one writes to it.
+
+    The system drops the lock when its holder dies, however it dies, so no stale lock is ever left behind.
+
+    Raises:
+        PhotonError: `OUTPUT_BUSY` when another process holds it.
+    """
+    path = folder / ".lock"
+    with path.open("a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            stream.seek(0)
+            raise PhotonError(
+                "OUTPUT_BUSY",
+                folder,
+                f"another process (pid {stream.read().strip() or 'unknown'}) is writing to this folder.",
+                "Wait until it has finished, or choose another output folder.",
+            ) from error
+        stream.truncate(0)
+        stream.write(str(os.getpid()))
+        stream.flush()
+        yield

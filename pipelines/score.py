@@ -17,14 +17,13 @@ import polars as pl
 
 from photon.errors import PhotonError
 from pipelines.answers import Answer, Answerer
-from pipelines.files import file_digest, prepare_output_folder
+from pipelines.files import file_digest, lock_output, prepare_output_folder
 from pipelines.preprocess import find_scans
 from pipelines.questions import EVERY_SCAN, Question, read_questions, select
 from pipelines.results import ScoreRecord
 from pipelines.score_store import (
     folder_digest,
     join_parts,
-    lock_output,
     part_key,
     read_part,
     score_frame,

@@ -1,19 +1,15 @@
-"""The memory of an archive run: its table, one atomic part a scan, and a lock that keeps others out."""
+"""The memory of an archive run: its table, one atomic part a scan."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from photon.errors import PhotonError
 from pipelines.files import atomic_path, file_digest
 
 SCORE_SCHEMA = pl.Schema(
@@ -113,30 +109,3 @@ def join_parts(parts: Sequence[Path], table: Path) -> Path:
         rows = pl.scan_parquet(list(parts), schema=SCORE_SCHEMA, glob=False)
         rows.sink_parquet(temporary, row_group_size=4096)  # a group is held in memory until it is full
     return table
-
-
-@contextmanager
-def lock_output(folder: Path) -> Iterator[None]:
-    """Keep a second process out of `folder` while this one writes to it.
-
-    The system drops the lock when its holder dies, however it dies, so no stale lock is ever left behind.
-
-    Raises:
-        PhotonError: `OUTPUT_BUSY` when another process holds it.
-    """
-    path = folder / ".lock"
-    with path.open("a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            stream.seek(0)
-            raise PhotonError(
-                "OUTPUT_BUSY",
-                folder,
-                f"another process (pid {stream.read().strip() or 'unknown'}) is writing to this folder.",
-                "Wait until it has finished, or choose another output folder.",
-            ) from error
-        stream.truncate(0)
-        stream.write(str(os.getpid()))
-        stream.flush()
-        yield

@@ -8,7 +8,6 @@ byte it wrote are unchanged.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from photon.errors import PhotonError
-from pipelines.files import file_digest, prepare_output_folder, write_json
+from pipelines.files import file_digest, lock_output, prepare_output_folder, write_json
 from pipelines.provenance import source_digest
 from pipelines.results import Record
 from pipelines.tracking import MlflowTracker, Store, run_status, terminate_abandoned_runs, tracked_run
@@ -163,7 +162,7 @@ def open_job(
         PhotonError: ``OUTPUT_UNWRITABLE``; ``OUTPUT_BUSY`` when another process works in the folder.
     """
     records = prepare_output_folder(prepare_output_folder(folder) / "records")
-    with _exclusive(folder):
+    with lock_output(folder):
         terminate_abandoned_runs(store)
         if is_fresh:
             _delete(records)
@@ -223,14 +222,3 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            remedy = "Wait for it to end, or choose another output folder."
-            raise PhotonError("OUTPUT_BUSY", folder, "another job is writing here.", remedy) from error
-        yield
