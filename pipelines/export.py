@@ -32,7 +32,7 @@ from pipelines.files import file_digest, prepare_output_folder, read_json, write
 from pipelines.onnx_inputs import AXES, GRAPHS, OUTPUTS, Arrays
 from pipelines.results import ExportRecord
 from pipelines.runtime import MAX_ANSWER_TOKENS, MODEL_FILE, OnnxModel
-from pipelines.text import TOKENIZER, Prompter
+from pipelines.text import PROMPT, TOKENIZER, Prompter
 from pipelines.train import PROVENANCE
 from pipelines.volumes import normalise
 
@@ -75,7 +75,7 @@ def export(
     split: str = "test",
     on_progress: Progress | None = None,
 ) -> ExportRecord:
-    """Export a checkpoint as ``output/model/``: three ONNX graphs, model.json and tokenizer.json.
+    """Export a checkpoint as ``output/model/``: three ONNX graphs, model.json, tokenizer.json, prompt.json.
 
     The graphs are compared with PyTorch on scans of ``split`` at several token counts and numbers of questions; only
     graphs that keep the same tokens, agree in every logit to 1e-4 and answer alike replace an earlier export.
@@ -107,7 +107,7 @@ def export(
                 "Keep the earlier export and report the numbers; the exporter or runtime changed behaviour.",
             )
         prompter.write(folder / TOKENIZER)
-        digests = {name: file_digest(folder / name) for name in [*files.values(), TOKENIZER]}
+        digests = {name: file_digest(folder / name) for name in [*files.values(), TOKENIZER, PROMPT]}
         identity = {"config": model.config.to_hf(), "config_digest": model.config.digest(), **provenance}
         write_json(folder / MODEL_FILE, {**identity, "files": files, "sha256": digests})
 

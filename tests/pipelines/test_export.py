@@ -23,7 +23,7 @@ from pipelines.files import file_digest
 from pipelines.onnx_inputs import AXES, GRAPHS
 from pipelines.results import ExportRecord
 from pipelines.runtime import MODEL_FILE, OnnxModel
-from pipelines.text import TOKENIZER, Prompter
+from pipelines.text import PROMPT, TOKENIZER, Prompter
 
 FILES = {name: f"{name}.onnx" for name in GRAPHS}
 
@@ -72,7 +72,7 @@ def test_an_accepted_export(exported: Path, model: Photon, prompter: Prompter, s
     assert content["config"] == model.config.to_hf()
     assert content["config_digest"] == record.config_digest == model.config.digest()
     assert content["volume_spec"] == read_split(smoke_data, "test")[0].volume.spec.as_dict()
-    assert set(content["sha256"]) == {*FILES.values(), TOKENIZER}
+    assert set(content["sha256"]) == {*FILES.values(), TOKENIZER, PROMPT}
     for name, digest in content["sha256"].items():
         assert file_digest(exported / "model" / name) == digest
     assert sorted(path.name for path in exported.iterdir()) == ["model", "record.json"], "nothing temporary stays"

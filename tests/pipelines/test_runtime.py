@@ -125,7 +125,7 @@ def test_a_volume_of_nan_gives_an_error_and_the_next_an_answer(
     assert [a.text for a in answerer.answer(scans[0].volume, question)] == [a.text for a in before]
 
 
-@pytest.mark.parametrize("name", ["scan.onnx", "question.onnx", "decode.onnx", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["scan.onnx", "question.onnx", "decode.onnx", "tokenizer.json", "prompt.json"])
 def test_a_flipped_bit_is_a_mismatch(folder: Path, name: str) -> None:
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 2] ^= 1
@@ -135,7 +135,7 @@ def test_a_flipped_bit_is_a_mismatch(folder: Path, name: str) -> None:
     assert caught.value.code == "MODEL_MISMATCH" and caught.value.subject.endswith(name)
 
 
-@pytest.mark.parametrize("name", ["scan.onnx", "tokenizer.json", MODEL_FILE])
+@pytest.mark.parametrize("name", ["scan.onnx", "tokenizer.json", "prompt.json", MODEL_FILE])
 def test_missing_files(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(PhotonError) as caught:
