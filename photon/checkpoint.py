@@ -92,7 +92,7 @@ def write_model(model: Photon, folder: Path, *, max_shard_bytes: int = MAX_SHARD
     The weights become one file, or shards of at most ``max_shard_bytes`` with an index when that is not enough. One
     file's worth of tensors is on the CPU at a time. To replace a folder as a whole, see :func:`replace_folder`.
     """
-    for stale in (folder / INDEX, *folder.glob("model*.safetensors")):
+    for stale in (folder / INDEX, folder / WEIGHTS, *folder.glob("model-?????-of-?????.safetensors")):
         stale.unlink(missing_ok=True)
     parameters = dict(model.named_parameters())
     sizes = {name: parameter.numel() * parameter.element_size() for name, parameter in parameters.items()}
