@@ -120,12 +120,23 @@ def train(
     output: Annotated[Path, typer.Option(help="Folder for checkpoints and history.")] = Path("out/train"),
     preset: Annotated[str, typer.Option(help="Size and length of the training: demo or smoke.")] = "demo",
     seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
+    start_from: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder to start from, with its tokenizer; default: from scratch.")
+    ] = None,
+    naming_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Steps of vision pretraining on label maps; default the preset's, 0 from a checkpoint."
+        ),
+    ] = None,
     track: Track = True,
 ) -> None:
     """Train Photon, and the text-only model it has to beat.
 
     Reads questions.jsonl and volumes/ of the data folder; writes checkpoints (safetensors and JSON). After an
-    interruption the same command goes on from the last checkpoint.
+    interruption the same command goes on from the last checkpoint. `--start-from` takes a checkpoint of Photon or a
+    plain Qwen2.5-VL, whose patch embedding and pruning parameters then start fresh, and the published training's
+    learning rates.
 
     Example: `photon train --data data --output out/train --preset demo`
     """
@@ -133,10 +144,18 @@ def train(
     from pipelines.train import train as run_stage
     from pipelines.versioning import folder_version
 
-    spec = TrainSpec.preset(preset, seed=seed)
+    spec = TrainSpec.preset(preset, seed=seed, is_pretrained=start_from is not None, naming_steps=naming_steps)
     version = folder_version(data)
     with tracked("train", track, version) as tracker, show_progress("train") as on_progress:
-        record = run_stage(spec, data, output, data_version=version, tracker=tracker, on_progress=on_progress)
+        record = run_stage(
+            spec,
+            data,
+            output,
+            data_version=version,
+            start_from=start_from,
+            tracker=tracker,
+            on_progress=on_progress,
+        )
     show_results(
         checkpoint=record.checkpoint,
         blind_checkpoint=record.blind_checkpoint,

@@ -14,7 +14,6 @@ import torch
 
 from photon import objectives
 from photon.checkpoint import replace_folder, write_model
-from photon.config import PhotonConfig, tiny
 from photon.errors import PhotonError
 from photon.model.network import Photon
 from photon.training.loop import OptimiserConfig, StepReport, Trainer
@@ -24,7 +23,8 @@ from photon.training.step import TrainingBatch
 from pipelines.dataset import BatchSource, Draw, LabelledScan, NamingSource, read_split
 from pipelines.files import prepare_output_folder, write_json
 from pipelines.results import TrainRecord
-from pipelines.text import TOKENIZER, Prompter, build_tokenizer
+from pipelines.start import Start, start_from_checkpoint, start_from_scratch
+from pipelines.text import TOKENIZER, Prompter
 from pipelines.tracking import NullTracker, Tracker
 
 PROVENANCE = "provenance.json"
@@ -51,8 +51,13 @@ class TrainSpec:
     save_every: int = 50
 
     @classmethod
-    def preset(cls, name: str, *, seed: int = 0) -> Self:
+    def preset(cls, name: str, *, seed: int = 0, is_pretrained: bool = False, naming_steps: int | None = None) -> Self:
         """The settings of a preset.
+
+        Args:
+            is_pretrained: the training starts from a checkpoint: with the published training's learning rates, and
+                without vision pretraining.
+            naming_steps: length of vision pretraining, when it is to be another.
 
         Raises:
             PhotonError: ``PRESET_UNKNOWN``.
@@ -60,7 +65,13 @@ class TrainSpec:
         if name not in _PRESETS:
             known = ", ".join(_PRESETS)
             raise PhotonError("PRESET_UNKNOWN", name, "there is no such training preset.", f"Choose one of: {known}.")
-        return cls(**_PRESETS[name] | {"seed": seed})
+        spec = cls(**_PRESETS[name] | {"seed": seed})
+        if is_pretrained:
+            spec = dataclasses.replace(spec, optimiser=_PRETRAINED_OPTIMISER)
+            naming_steps = naming_steps or 0
+        if naming_steps is None:
+            return spec
+        return dataclasses.replace(spec, naming=dataclasses.replace(spec.naming, num_steps=naming_steps))
 
     def digest(self) -> str:
         """Twelve hex digits that name these settings."""
@@ -69,6 +80,9 @@ class TrainSpec:
 
 _OPTIMISER = OptimiserConfig(
     learning_rate=3e-3, vision_learning_rate=5e-4, alignment_learning_rate=1e-4, weight_decay=0.01
+)
+_PRETRAINED_OPTIMISER = dataclasses.replace(
+    _OPTIMISER, learning_rate=1e-5, vision_learning_rate=5e-6, alignment_learning_rate=1.25e-4
 )
 _DRAW = Draw(scans_per_step=8, questions_per_scan=24, max_shift=(6, 6, 6), robust_probability=0.0, flip_probability=0.0)
 _PRUNED_DRAW = dataclasses.replace(_DRAW, questions_per_scan=12, robust_probability=0.15, flip_probability=0.05)
@@ -101,36 +115,41 @@ def train(
     output: Path,
     *,
     data_version: str,
+    start_from: Path | None = None,
     tracker: Tracker | None = None,
     on_progress: Progress | None = None,
 ) -> TrainRecord:
     """Train Photon and its blind baseline; an interrupted run continues where it stopped.
 
-    Writes ``checkpoint/`` and ``blind/`` (weights, config.json, tokenizer.json, provenance.json), ``history.jsonl``
-    with one row a step, the resumable ``state/`` and ``blind_state/``, and ``record.json``.
+    Writes ``checkpoint/`` and ``blind/`` (weights, config.json, tokenizer.json, prompt.json, provenance.json),
+    ``history.jsonl`` with one row a step (the first names what a checkpoint to start from did not have), the resumable
+    ``state/`` and ``blind_state/``, and ``record.json``.
 
     Args:
         data: folder with ``volumes/`` and ``questions.jsonl``.
         output: folder of the run; a run with other settings or data is refused, not overwritten.
         data_version: version of ``data``, part of the run's identity.
+        start_from: checkpoint folder whose weights and tokenizer both models start with; its content is part of the
+            run's identity. None for the tiny model from scratch.
 
     Raises:
         PhotonError: ``OUTPUT_UNWRITABLE``, ``SPLIT_EMPTY``, ``CHECKPOINT_MISMATCH``, ``TRAINING_DIVERGED`` and
-            whatever reading the data raises.
+            whatever reading the data or ``start_from`` raises.
     """
     started = time.perf_counter()
     prepare_output_folder(output)
     tracker = tracker or NullTracker()
     scans, validation = read_split(data, "train"), read_split(data, "val")
-    prompter = Prompter(build_tokenizer(_texts(scans)))
-    config = tiny(prompter.vocab_size, special_ids=prompter.special_ids)
-    tracker.log_hyperparameters({**dataclasses.asdict(spec), "model": config.to_hf(), "data_version": data_version})
-    run = _Run(spec, config, prompter, scans, validation, data, output, tracker, on_progress, data_version)
+    texts = _texts(scans)
+    start = start_from_scratch(texts) if start_from is None else start_from_checkpoint(start_from, texts)
+    identity = {"model": start.config.to_hf(), "data_version": data_version, "start_digest": start.digest}
+    tracker.log_hyperparameters({**dataclasses.asdict(spec), **identity})
+    run = _Run(spec, start, scans, validation, data, output, tracker, on_progress, data_version)
     model = run.train_model()
     blind = run.train_blind()
     volume_spec = scans[0].volume.spec.as_dict()
     for name, trained in (("checkpoint", model), ("blind", blind)):
-        _write_checkpoint(trained, prompter, output / name, volume_spec, data_version)
+        _write_checkpoint(trained, start.prompter, output / name, volume_spec, data_version)
     history = _read_history(run.history)
     record = TrainRecord(
         checkpoint=str(output / "checkpoint"),
@@ -140,7 +159,7 @@ def train(
         elapsed_s=time.perf_counter() - started,
         final_loss=float(history[-1]["answer_loss"]),
         kept_fraction=float(history[-1]["kept_fraction"]),
-        config_digest=config.digest(),
+        config_digest=start.config.digest(),
         data_version=data_version,
     )
     record.write(output / "record.json")
@@ -153,8 +172,7 @@ def train(
 @dataclasses.dataclass
 class _Run:
     spec: TrainSpec
-    config: PhotonConfig
-    prompter: Prompter
+    start: Start
     scans: Sequence[LabelledScan]
     validation: Sequence[LabelledScan]
     data: Path
@@ -171,17 +189,19 @@ class _Run:
     def train_model(self) -> Photon:
         """Photon through all its stages."""
         sources = {
-            is_pruned: BatchSource(self.scans, self.prompter, self.config, draw, self.spec.seed)
+            is_pruned: self._source(self.scans, draw)
             for is_pruned, draw in ((False, self.spec.draw), (True, self.spec.pruned_draw))
         }
-        checks = BatchSource(self.validation, self.prompter, self.config, _whole(self.validation), self.spec.seed)
-        trainer = self._trainer("state", self.spec.schedule)
+        checks = self._source(self.validation, _whole(self.validation))
+        trainer, initialised = self._trainer("state", self.spec.schedule)
         if trainer.num_steps_done == 0:
             self._pretrain_vision(trainer.model)
         _truncate_history(self.history, trainer.num_steps_done)
 
         def on_step(report: StepReport) -> None:
             row = _history_row(report)
+            if report.step == 0 and self.start.folder is not None:
+                row["initialised"] = ", ".join(initialised)
             self.tracker.log({k: v for k, v in row.items() if isinstance(v, float)}, step=report.step)
             is_last = report.step + 1 == self.spec.schedule.num_steps
             if is_last or (report.step + 1) % self.spec.validate_every == 0:
@@ -202,10 +222,10 @@ class _Run:
     def _pretrain_vision(self, model: Photon) -> None:
         """Teach the vision tower to name structures, where the data folder has label maps."""
         folder = self.data / "raw" / "labels"
-        if not folder.is_dir():
+        if self.spec.naming.num_steps == 0 or not folder.is_dir():
             return
         source = NamingSource(
-            self.scans, folder, self.config, scans_per_step=self.spec.naming_scans_per_step, seed=self.spec.seed
+            self.scans, folder, self.start.config, scans_per_step=self.spec.naming_scans_per_step, seed=self.spec.seed
         )
         config = self.spec.naming
 
@@ -223,10 +243,10 @@ class _Run:
 
     def train_blind(self) -> Photon:
         """The same decoder on the same questions without any scan."""
-        source = BatchSource(self.scans, self.prompter, self.config, self.spec.draw, self.spec.seed)
+        source = self._source(self.scans, self.spec.draw)
         before = self.spec.naming.num_steps + self.spec.schedule.num_steps
         schedule = StageSchedule(alignment=0, warm_up=self.spec.blind_steps, soft=0, hard=0, flip_after=0)
-        trainer = self._trainer("blind_state", schedule)
+        trainer, _ = self._trainer("blind_state", schedule)
         trainer.run(
             lambda step, _: source.blind_batch(step),
             on_step=lambda report: self._tell(before + report.step, "text-only baseline"),
@@ -235,13 +255,17 @@ class _Run:
         )
         return trainer.model.eval()
 
-    def _trainer(self, state: str, schedule: StageSchedule) -> Trainer:
-        identity = f"{self.spec.digest()} {self.config.digest()} {self.data_version} {state}"
-        digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
-        model = Photon(self.config).initialise(self.spec.seed)
+    def _source(self, scans: Sequence[LabelledScan], draw: Draw) -> BatchSource:
+        return BatchSource(scans, self.start.prompter, self.start.config, draw, self.spec.seed)
+
+    def _trainer(self, state: str, schedule: StageSchedule) -> tuple[Trainer, tuple[str, ...]]:
+        """A trainer where it last stopped, and the parameters that started without a checkpoint's."""
+        parts = (self.spec.digest(), self.start.config.digest(), self.data_version, state, self.start.digest)
+        digest = hashlib.sha256(" ".join(filter(None, parts)).encode()).hexdigest()[:12]
+        model, initialised = self.start.build_model(self.spec.seed)
         trainer = Trainer(model, schedule, self.spec.optimiser, run_digest=digest)
         trainer.restore(self.output / state)
-        return trainer
+        return trainer, initialised
 
     def _tell(self, num_done: int, label: str) -> None:
         if self.on_progress:

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flows import cli
+from photon.errors import PhotonError
+from pipelines.train import TrainSpec
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 CASES = GOLDEN / "cases.safetensors"
@@ -106,3 +108,35 @@ def test_parity_refuses_what_it_cannot_read_in_one_line(photon: Photon, tmp_path
         code, text, error = photon("parity", *arguments)
         assert code == 1 and not text, arguments
         assert error.count("\n") == 1 and error.startswith(f"photon: [{expected}] "), error
+
+
+@pytest.mark.parametrize(
+    ("options", "learning_rate", "naming_steps"),
+    [
+        ((), 3e-3, 4),
+        (("--start-from", "model"), 1e-5, 0),
+        (("--start-from", "model", "--naming-steps", "7"), 1e-5, 7),
+        (("--naming-steps", "0"), 3e-3, 0),
+    ],
+)
+def test_train_starts_from_a_checkpoint_with_settings_of_its_own(
+    photon: Photon,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    learning_rate: float,
+    naming_steps: int,
+) -> None:
+    calls: list[tuple[TrainSpec, Path | None]] = []
+
+    def stop(spec: TrainSpec, *_: object, start_from: Path | None, **__: object) -> None:
+        calls.append((spec, start_from))
+        raise PhotonError("TRAINING_DIVERGED", "step 0", "it is enough.", "Stop.")
+
+    monkeypatch.setattr("pipelines.train.train", stop)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "questions.jsonl").write_text("{}")
+    code, _, _ = photon("train", "--data", tmp_path / "data", "--preset", "smoke", "--no-track", *options)
+    (spec, start_from) = calls[0]
+    assert code == 1 and start_from == (Path("model") if "--start-from" in options else None)
+    assert spec.optimiser.learning_rate == learning_rate and spec.naming.num_steps == naming_steps

@@ -1,0 +1,89 @@
+"""Where a training starts: from nothing, or from a checkpoint and its tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from photon.checkpoint import CONFIG, read_pretrained
+from photon.config import PhotonConfig, tiny
+from photon.errors import PhotonError
+from photon.model.network import Photon
+from photon.weights import INDEX, Inventory
+from pipelines.files import file_digest, read_json
+from pipelines.text import PROMPT, TOKENIZER, Prompter, build_tokenizer
+
+_NUM_SHOWN = 12
+_REMEDY = "Give a checkpoint folder of Photon or Qwen2.5-VL, with its tokenizer.json."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What the first step of a training finds.
+
+    Attributes:
+        prompter, config: of the model.
+        folder: the checkpoint; None from scratch.
+        digest: twelve hex digits that name the checkpoint's content; "" from scratch.
+    """
+
+    prompter: Prompter
+    config: PhotonConfig
+    folder: Path | None = None
+    digest: str = ""
+
+    def build_model(self, seed: int) -> tuple[Photon, tuple[str, ...]]:
+        """The model, and the parameters of it that a checkpoint did not have.
+
+        Raises:
+            PhotonError: whatever reading the checkpoint raises.
+        """
+        if self.folder is None:
+            return Photon(self.config).initialise(seed), ()
+        return read_pretrained(self.folder, seed=seed)
+
+
+def start_from_scratch(texts: Sequence[str]) -> Start:
+    """The tiny model over the words of the training texts."""
+    prompter = Prompter(build_tokenizer(texts))
+    return Start(prompter=prompter, config=tiny(prompter.vocab_size, special_ids=prompter.special_ids))
+
+
+def start_from_checkpoint(folder: Path, texts: Sequence[str]) -> Start:
+    """A Photon checkpoint or a plain Qwen2.5-VL, with the tokenizer beside it.
+
+    Args:
+        folder: config.json, weights, tokenizer.json and perhaps prompt.json.
+        texts: training texts; a closed vocabulary has to know their words.
+
+    Raises:
+        PhotonError: ``CHECKPOINT_MISSING``, ``CHECKPOINT_CORRUPT``, ``CONFIG_INVALID``, ``TOKENIZER_UNREADABLE``;
+            ``CHECKPOINT_MISMATCH`` when the tokenizer is of another model; ``QUESTION_NOT_UNDERSTOOD``.
+    """
+    config = PhotonConfig.from_qwen(read_json(folder / CONFIG, "CHECKPOINT_MISSING", _REMEDY))
+    prompter = Prompter.read(folder / TOKENIZER)
+    expected = {
+        "vision_start": config.vision_start_token_id,
+        "vision_end": config.vision_end_token_id,
+        "video": config.video_token_id,
+        "eos": config.eos_token_id,
+    }
+    if prompter.special_ids != expected or prompter.vocab_size > config.vocab_size:
+        fact = f"its {prompter.vocab_size} ids, special {prompter.special_ids}, are not those of {CONFIG}."
+        raise PhotonError("CHECKPOINT_MISMATCH", folder / TOKENIZER, fact, "Use the tokenizer of this checkpoint.")
+    if missing := sorted({word for text in texts for word in prompter.unknown_words(text)}):
+        shown = ", ".join(missing[:_NUM_SHOWN]) + (", ..." if len(missing) > _NUM_SHOWN else "")
+        fact = f"the vocabulary of {folder} lacks {len(missing)} words of them: {shown}."
+        remedy = "Train from scratch, or start from a checkpoint that knows them."
+        raise PhotonError("QUESTION_NOT_UNDERSTOOD", "training texts", fact, remedy)
+    return Start(prompter=prompter, config=config, folder=folder, digest=_content_digest(folder))
+
+
+def _content_digest(folder: Path) -> str:
+    """Twelve hex digits of every byte that decides the start: configuration, weights, tokenizer, prompt."""
+    weights = {stored.path for stored in Inventory(folder).tensors.values()}
+    others = {folder / name for name in (CONFIG, INDEX, TOKENIZER, PROMPT)}
+    lines = [f"{path.name} {file_digest(path)}\n" for path in sorted(weights | others) if path.is_file()]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
