@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from photon.config import PruningConfig
 
@@ -58,10 +59,15 @@ class ThresholdPredictor(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(DESCRIPTOR_SIZE, width // 8), nn.GELU(), nn.Linear(width // 8, 1))
 
     def forward(self, descriptor: Tensor) -> Tensor:
-        """[S, 12] to [S]."""
-        dtype = next(self.mlp.parameters()).dtype
-        logits = self.mlp(descriptor.to(dtype)).float().squeeze(-1)
+        """[S, 12] to [S], in float32 whatever the type of the weights."""
+        hidden = F.gelu(_linear_in_float32(self.mlp[0], descriptor))
+        logits = _linear_in_float32(self.mlp[2], hidden).squeeze(-1)
         return self.config.threshold_scale * torch.sigmoid(logits)
+
+
+def _linear_in_float32(layer: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(layer, nn.Linear)
+    return F.linear(x, layer.weight.float(), layer.bias.float())
 
 
 @torch.no_grad()

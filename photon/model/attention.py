@@ -9,10 +9,11 @@ A layout says which key rows each segment of query rows may see. Layers do not k
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -221,6 +222,8 @@ class _Varlen:
 
         if self.k_rows is not None:
             k, v = k.index_select(0, self.k_rows), v.index_select(0, self.k_rows)
+        is_grouped = k.shape[1] != q.shape[1]
+        flags: dict[str, Any] = {"enable_gqa": True} if is_grouped and _wants_grouping_flag(varlen_attn) else {}
         out = varlen_attn(
             q.contiguous(),
             k.contiguous(),
@@ -231,10 +234,16 @@ class _Varlen:
             self.k_longest,
             # Nothing right of the diagonal that ends in the last query and the last key.
             window_size=(-1, 0) if is_causal else (-1, -1),
-            enable_gqa=k.shape[1] != q.shape[1],
+            **flags,
         )
         assert isinstance(out, Tensor)
         return out
+
+
+@functools.cache
+def _wants_grouping_flag(kernel: Callable[..., object]) -> bool:
+    """Grouped heads always work in the kernel; from PyTorch 2.12 on they have to be asked for."""
+    return "enable_gqa" in inspect.signature(kernel).parameters
 
 
 def _similar(segments: Sequence[Segment], *, is_causal: bool) -> Iterator[list[Segment]]:

@@ -220,9 +220,11 @@ class Photon(nn.Module):
             return None
         branch, volume = volumes_of_branches(batch)
         rows, valid = visual_tokens_of(batch, volume)
-        z = scheduling.question_vector(*self._question(batch, own))
-        u = scheduling.saliency(z[branch], shared.k.detach()[rows])
-        return scheduling.schedule(u, valid, self.model.predictor, branch)
+        # Mixed precision would take the products of the scores and of the threshold network for ordinary ones.
+        with torch.autocast(rows.device.type, enabled=False):
+            z = scheduling.question_vector(*self._question(batch, own))
+            u = scheduling.saliency(z[branch], shared.k.detach()[rows])
+            return scheduling.schedule(u, valid, self.model.predictor, branch)
 
     @staticmethod
     def _question(batch: PackedBatch, own: QueryKeyValue) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,7 +28,9 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         patches = (patches - self.mean) / self.std
-        return F.linear(patches.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
+        dtype = self.proj.weight.dtype
+        # In mixed precision the product is narrower than the weights, and what the blocks add to it would be too.
+        return F.linear(patches.to(dtype), self.proj.weight.flatten(1)).to(dtype)
 
     @torch.no_grad()
     def initialise(self) -> None:

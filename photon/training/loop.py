@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,16 @@ from photon.training.step import StepResult, TrainingBatch, compute_loss
 OPTIMISER = "optimiser.safetensors"
 PROGRESS = "progress.json"
 
+Precision = Literal["float32", "bfloat16"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimiserConfig:
-    """AdamW and its learning rates."""
+    """AdamW, its learning rates, and the arithmetic of a step.
+
+    Raises:
+        PhotonError: ``PRECISION_UNKNOWN`` for a precision that is none.
+    """
 
     learning_rate: float
     vision_learning_rate: float
@@ -43,6 +49,13 @@ class OptimiserConfig:
     floor: float = 0.05
     """Share of the learning rate left at the last step."""
     max_grad_norm: float = 1.0
+    precision: Precision = "float32"
+    """With "bfloat16" matrices are multiplied in it; weights, scores, thresholds and losses stay float32."""
+
+    def __post_init__(self) -> None:
+        if self.precision not in get_args(Precision):
+            fact = f"it is not one of {get_args(Precision)}."
+            raise PhotonError("PRECISION_UNKNOWN", self.precision, fact, "Choose one of them.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +71,14 @@ class StepReport:
 
 
 class Trainer:
-    """A model, its optimiser and the number of steps done; saved and restored as one folder."""
+    """A model, its optimiser and the number of steps done; saved and restored as one folder.
+
+    Training runs where the model is. The folder does not say where that was: a run may go on on another device.
+    """
 
     def __init__(self, model: Photon, schedule: StageSchedule, config: OptimiserConfig, *, run_digest: str) -> None:
         """``run_digest`` names everything that decides the result; a folder of another run is refused."""
+        self.device = model.model.embed_tokens.weight.device
         self.model, self.schedule, self.config, self.run_digest = model, schedule, config, run_digest
         self.num_steps_done = 0
         self.optimiser = torch.optim.AdamW(_parameter_groups(model, config), betas=(0.9, 0.95), eps=1e-8)
@@ -77,7 +94,7 @@ class Trainer:
         """Train to the end of the schedule.
 
         Args:
-            batch_at: batch of a step, given the step and whether flips are on.
+            batch_at: batch of a step, on any device, given the step and whether flips are on.
             on_step: called after every step.
             save_to: folder of the resumable state, written every ``save_every`` steps and at the end.
 
@@ -96,7 +113,8 @@ class Trainer:
         started = time.perf_counter()
         stage = self.schedule.stage_at(step)
         self._set_learning_rates(step, stage)
-        result = compute_loss(self.model, item, stage)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            result = compute_loss(self.model, item.to(self.device), stage)
         _refuse_divergence("loss", result.loss, step, stage)
         self.optimiser.zero_grad(set_to_none=True)
         result.loss.backward()
@@ -162,7 +180,9 @@ class Trainer:
         parameters = dict(self.model.named_parameters())
         for label, value in tensors.items():
             name, key = label.rsplit(":", 1)
-            self.optimiser.state[parameters[name]][key] = value
+            # The step count stays on the CPU, where AdamW keeps it; the moments belong beside their parameter.
+            place = "cpu" if key == "step" else parameters[name].device
+            self.optimiser.state[parameters[name]][key] = value.to(place)
 
 
 def _refuse_divergence(name: str, value: Tensor, step: int, stage: Stage) -> None:

@@ -47,6 +47,11 @@ class NamingBatch:
     targets: Tensor
     present: Tensor | None = None
 
+    def to(self, device: torch.device | str) -> NamingBatch:
+        """The batch with every tensor on ``device``."""
+        present = None if self.present is None else self.present.to(device)
+        return NamingBatch(self.patches.to(device), self.grids, self.targets.to(device), present)
+
 
 def token_labels(labels: Tensor, grid: Grid, vision: VisionConfig, num_labels: int, min_fraction: float) -> Tensor:
     """Which labels fill at least ``min_fraction`` of each visual token's box.
@@ -72,8 +77,14 @@ def pretrain_vision(
     num_labels: int,
     on_step: Callable[[int, float], None],
 ) -> None:
-    """Train the tower, in place, to name what each visual token holds; ``on_step`` gets the step and its loss."""
-    head = nn.Linear(tower.config.out_hidden_size, num_labels)
+    """Train the tower, in place and where it is, to name what each visual token holds.
+
+    Args:
+        batch_at: batch of a step, on any device.
+        on_step: called after every step with its number and its loss.
+    """
+    device = tower.vision_patch_embed.proj.weight.device
+    head = nn.Linear(tower.config.out_hidden_size, num_labels, device=device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     patch = list(tower.vision_patch_embed.parameters())
@@ -84,13 +95,13 @@ def pretrain_vision(
     ]
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=config.weight_decay)
     bases = [group["lr"] for group in optimiser.param_groups]
-    weight = torch.full((num_labels,), config.positive_weight)
+    weight = torch.full((num_labels,), config.positive_weight, device=device)
     for step in range(config.num_steps):
         rise = min((step + 1) / 10, 1.0)
         fall = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / config.num_steps))
         for group, base in zip(optimiser.param_groups, bases, strict=True):
             group["lr"] = base * rise * fall
-        batch = batch_at(step)
+        batch = batch_at(step).to(device)
         # Only the direction of a token counts, as for the decoder, which normalises what it reads.
         tokens = F.rms_norm(tower(batch.patches, batch.grids, batch.present), (tower.config.out_hidden_size,))
         loss = F.binary_cross_entropy_with_logits(head(tokens), batch.targets, pos_weight=weight)

@@ -29,6 +29,10 @@ class TrainingBatch:
     is_perturbed: Tensor
     is_flipped: Tensor
 
+    def to(self, device: torch.device | str) -> TrainingBatch:
+        """The batch with every tensor on ``device``."""
+        return TrainingBatch(self.batch.to(device), self.is_perturbed.to(device), self.is_flipped.to(device))
+
 
 @dataclass(frozen=True)
 class StepResult:

@@ -162,7 +162,7 @@ def loop_kernel(
     k_longest: int,
     *,
     window_size: tuple[int, int],
-    enable_gqa: bool,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """What the variable-length kernel computes: the causal diagonal ends in the last query and the last key."""
     assert q_bounds.dtype == k_bounds.dtype == torch.int32 and enable_gqa == (q.shape[1] != k.shape[1])

@@ -1,0 +1,26 @@
+"""Where a model runs: the CPU or a CUDA GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from photon.errors import PhotonError
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a setting: "cpu", "cuda", or "auto" for a GPU where there is one.
+
+    Raises:
+        PhotonError: ``DEVICE_UNKNOWN`` for another name, ``GPU_UNAVAILABLE`` when a GPU is asked for and PyTorch sees none.
+    """
+    if name not in DEVICES:
+        raise PhotonError("DEVICE_UNKNOWN", name, f"it is not one of {DEVICES}.", "Choose one of them.")
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
+        fact = f"PyTorch {torch.__version__}, built for {build}, sees no GPU."
+        remedy = "Use auto or cpu, or install a driver and a PyTorch for CUDA."
+        raise PhotonError("GPU_UNAVAILABLE", name, fact, remedy)
+    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
