@@ -204,6 +204,24 @@ def test_missing_checkpoint_is_one_clear_line(place: Path, photon: Callable[...,
         assert error.startswith("photon: [CHECKPOINT_MISSING] "), error
 
 
+def test_evaluate_hands_on_how_closed_questions_are_answered(
+    place: Path, photon: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed: list[str] = []
+
+    def evaluate(*_: object, closed_by: str, **__: object) -> None:
+        handed.append(closed_by)
+        raise PhotonError("SPLIT_EMPTY", "x", "nothing.", "Stop here.")
+
+    make_questions(place, "s0")
+    monkeypatch.setattr("pipelines.evaluate.evaluate", evaluate)
+    arguments = ("evaluate", "--data", place, "--output", place / "out", "--no-track")
+    for more in ((), ("--closed-by", "likelihood"), ("--closed-by", "generation")):
+        assert photon(*arguments, *more)[0] == 1
+    assert handed == ["generation", "likelihood", "generation"]
+    assert photon(*arguments, "--closed-by", "dice")[0] == 2 and len(handed) == 3
+
+
 def test_unwritable_state_folder_is_told(
     place: Path, photon: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,6 +102,10 @@ def test_what_the_folder_tells(answerer: OnnxAnswerer, trained: Path, scans: lis
     assert answerer.config_digest == answerer.config.digest()
 
 
+def test_no_questions(answerer: OnnxAnswerer, scans: list[LabelledScan]) -> None:
+    assert answerer.answer(scans[0].volume, []) == []
+
+
 def test_bad_questions(answerer: OnnxAnswerer, scans: list[LabelledScan]) -> None:
     question = scans[0].questions[0]
     with pytest.raises(PhotonError) as caught:
