@@ -23,6 +23,7 @@ from flows.progress import show_progress
 Data = Annotated[Path, typer.Option(help="Data folder: questions.jsonl and volumes/ (see docs/architecture.md).")]
 Checkpoint = Annotated[Path, typer.Option(help="Checkpoint folder of `photon train`.")]
 Modality = Annotated[str, typer.Option(help="auto, ct (values are HU) or mr (values have no unit).")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where models run; auto: a GPU if there is one.")]
 Track = Annotated[bool, typer.Option("--track/--no-track", help="Log the run to MLflow.")]
 
 
@@ -129,6 +130,7 @@ def train(
             min=0, help="Steps of vision pretraining on label maps; default the preset's, 0 from a checkpoint."
         ),
     ] = None,
+    device: Device = "auto",
     track: Track = True,
 ) -> None:
     """Train Photon, and the text-only model it has to beat.
@@ -153,6 +155,7 @@ def train(
             output,
             data_version=version,
             start_from=start_from,
+            device=device,
             tracker=tracker,
             on_progress=on_progress,
         )
@@ -177,6 +180,7 @@ def evaluate(
         Literal["generation", "likelihood"],
         typer.Option(help="Answer closed questions in the model's own words, or by the likeliest option."),
     ] = "generation",
+    device: Device = "auto",
     track: Track = True,
 ) -> None:
     """Score a checkpoint beside all tokens, text alone and the majority answer.
@@ -199,6 +203,7 @@ def evaluate(
             split=split,
             data_version=version,
             closed_by=closed_by,
+            device=device,
             tracker=tracker,
             on_progress=on_progress,
         )

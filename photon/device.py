@@ -13,7 +13,8 @@ def choose_device(name: str) -> torch.device:
     """The device of a setting: "cpu", "cuda", or "auto" for a GPU where there is one.
 
     Raises:
-        PhotonError: ``DEVICE_UNKNOWN`` for another name, ``GPU_UNAVAILABLE`` when a GPU is asked for and PyTorch sees none.
+        PhotonError: ``DEVICE_UNKNOWN`` for another name, ``GPU_UNAVAILABLE`` when a GPU is asked for and PyTorch sees
+            none.
     """
     if name not in DEVICES:
         raise PhotonError("DEVICE_UNKNOWN", name, f"it is not one of {DEVICES}.", "Choose one of them.")

@@ -45,6 +45,7 @@ def evaluate(
     split: str = "test",
     data_version: str,
     closed_by: ClosedBy = "generation",
+    device: str = "cpu",
     tracker: Tracker | None = None,
     on_progress: Progress | None = None,
     open_answerer: OpenAnswerer | None = None,
@@ -62,6 +63,7 @@ def evaluate(
         split: which questions.
         data_version: DVC version of ``data``, copied into the record.
         closed_by: whether models answer closed questions in their own words or by the likeliest option.
+        device: where models run: "cpu", "cuda" or "auto".
         tracker: gets the summary numbers and the record; default none.
         on_progress: called with scans done, scans in all and the scan just done.
         open_answerer: what opens a model; default :class:`pipelines.predict.TorchAnswerer`.
@@ -84,7 +86,7 @@ def evaluate(
             f"no accepted scan has questions in split {split!r} ({len(in_split)} questions; known: {known}).",
             "Choose a split that has questions, and preprocess its scans first.",
         )
-    open_answerer = open_answerer or functools.partial(_open_torch_answerer, closed_by=closed_by)
+    open_answerer = open_answerer or functools.partial(_open_torch_answerer, closed_by=closed_by, device=device)
     answerers: dict[str, Answerer] = {
         "photon": open_answerer(checkpoint, "photon"),
         "all_tokens": open_answerer(checkpoint, "all_tokens"),
@@ -189,7 +191,7 @@ def _unasked_shares(
     return shares
 
 
-def _open_torch_answerer(checkpoint: Path, policy: str, *, closed_by: ClosedBy) -> Answerer:
+def _open_torch_answerer(checkpoint: Path, policy: str, *, closed_by: ClosedBy, device: str) -> Answerer:
     from pipelines.predict import TorchAnswerer  # torch is slow to import, and tests need no model
 
-    return TorchAnswerer(checkpoint, policy=policy, closed_by=closed_by)
+    return TorchAnswerer(checkpoint, policy=policy, closed_by=closed_by, device=device)

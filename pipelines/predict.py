@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from photon.checkpoint import read_model
+from photon.device import choose_device
 from photon.errors import PhotonError
 from photon.generate import Prompted, ask, decode, encode_scan
 from photon.grid import num_visual_tokens
@@ -43,6 +44,7 @@ class TorchAnswerer:
         *,
         closed_by: ClosedBy = "generation",
         max_branches: int = MAX_BRANCHES,
+        device: str = "cpu",
     ) -> None:
         """Open a checkpoint folder.
 
@@ -50,10 +52,11 @@ class TorchAnswerer:
             closed_by: how questions of kind closed that list options are answered. By likelihood the answer is the
                 option whose tokens are likeliest together, and its confidence its share among the options.
             max_branches: questions that run at a time; a matter of memory and time, not of the answers.
+            device: "cpu", "cuda" or "auto".
 
         Raises:
-            PhotonError: ``POLICY_UNKNOWN``, ``GENERATION_INVALID``, and whatever reading the weights, the
-                configuration or the tokenizer raises.
+            PhotonError: ``POLICY_UNKNOWN``, ``GENERATION_INVALID``, ``GPU_UNAVAILABLE``, ``DEVICE_UNKNOWN``, and
+                whatever reading the weights, the configuration or the tokenizer raises.
         """
         if policy not in POLICIES:
             raise PhotonError("POLICY_UNKNOWN", policy, f"it is not one of {POLICIES}.", "Choose one of them.")
@@ -61,7 +64,7 @@ class TorchAnswerer:
             fact = f"it is not one of {get_args(ClosedBy)}."
             raise PhotonError("GENERATION_INVALID", closed_by, fact, "Choose one of them.")
         self.policy, self.closed_by, self.max_branches = policy, closed_by, max_branches
-        self.model = read_model(checkpoint)
+        self.model = read_model(checkpoint, device=choose_device(device))
         self.prompter = Prompter.read(checkpoint / TOKENIZER)
 
     def answer(self, volume: Volume | None, questions: Sequence[Question]) -> list[Answer]:
@@ -90,7 +93,7 @@ class TorchAnswerer:
             said |= zip(places, reply(prompted, [questions[place] for place in places]), strict=True)
             decision = None if keep_all else prompted.output.schedule
             for branch, place in enumerate(places):
-                tokens = present if decision is None else decision.kept_tokens(branch)
+                tokens = present if decision is None else decision.kept_tokens(branch).cpu()
                 kept[place] = tuple(context.grid_tokens(tokens).tolist())
         seconds = (time.perf_counter() - started) / len(questions)
         return [

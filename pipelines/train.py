@@ -14,6 +14,7 @@ import torch
 
 from photon import objectives
 from photon.checkpoint import replace_folder, write_model
+from photon.device import choose_device
 from photon.errors import PhotonError
 from photon.model.network import Photon
 from photon.training.loop import OptimiserConfig, StepReport, Trainer
@@ -116,6 +117,7 @@ def train(
     *,
     data_version: str,
     start_from: Path | None = None,
+    device: str = "cpu",
     tracker: Tracker | None = None,
     on_progress: Progress | None = None,
 ) -> TrainRecord:
@@ -131,20 +133,22 @@ def train(
         data_version: version of ``data``, part of the run's identity.
         start_from: checkpoint folder whose weights and tokenizer both models start with; its content is part of the
             run's identity. None for the tiny model from scratch.
+        device: "cpu", "cuda" or "auto"; no part of the run's identity, so it may change from start to start.
 
     Raises:
-        PhotonError: ``OUTPUT_UNWRITABLE``, ``SPLIT_EMPTY``, ``CHECKPOINT_MISMATCH``, ``TRAINING_DIVERGED`` and
-            whatever reading the data or ``start_from`` raises.
+        PhotonError: ``OUTPUT_UNWRITABLE``, ``SPLIT_EMPTY``, ``CHECKPOINT_MISMATCH``, ``TRAINING_DIVERGED``,
+            ``GPU_UNAVAILABLE``, ``DEVICE_UNKNOWN`` and whatever reading the data or ``start_from`` raises.
     """
     started = time.perf_counter()
+    place = choose_device(device)
     prepare_output_folder(output)
     tracker = tracker or NullTracker()
     scans, validation = read_split(data, "train"), read_split(data, "val")
     texts = _texts(scans)
     start = start_from_scratch(texts) if start_from is None else start_from_checkpoint(start_from, texts)
     identity = {"model": start.config.to_hf(), "data_version": data_version, "start_digest": start.digest}
-    tracker.log_hyperparameters({**dataclasses.asdict(spec), **identity})
-    run = _Run(spec, start, scans, validation, data, output, tracker, on_progress, data_version)
+    tracker.log_hyperparameters({**dataclasses.asdict(spec), **identity, "device": place.type})
+    run = _Run(spec, start, scans, validation, data, output, tracker, on_progress, data_version, place)
     model = run.train_model()
     blind = run.train_blind()
     volume_spec = scans[0].volume.spec.as_dict()
@@ -180,6 +184,7 @@ class _Run:
     tracker: Tracker
     on_progress: Progress | None
     data_version: str
+    device: torch.device
 
     @property
     def history(self) -> Path:
@@ -263,7 +268,7 @@ class _Run:
         parts = (self.spec.digest(), self.start.config.digest(), self.data_version, state, self.start.digest)
         digest = hashlib.sha256(" ".join(filter(None, parts)).encode()).hexdigest()[:12]
         model, initialised = self.start.build_model(self.spec.seed)
-        trainer = Trainer(model, schedule, self.spec.optimiser, run_digest=digest)
+        trainer = Trainer(model.to(self.device), schedule, self.spec.optimiser, run_digest=digest)
         trainer.restore(self.output / state)
         return trainer, initialised
 
@@ -277,12 +282,13 @@ class _Run:
 @torch.no_grad()
 def validate(model: Photon, source: BatchSource, stage: Stage) -> float:
     """Share of validation questions whose every answer token is predicted right, pruned as in ``stage``."""
-    item = source.batch(0, False)
+    device = model.model.embed_tokens.weight.device
+    item = source.batch(0, False).to(device)
     mode = "full" if MODES[stage] == "full" else "hard"
     output = model(item.batch, mode)
     rows, targets, branch = objectives.answer_targets(item.batch)
     is_right = model.logits(output.hidden[output.branch_rows[rows]]).argmax(-1) == targets
-    all_right = torch.ones(item.batch.branch_lengths.shape[0])
+    all_right = torch.ones(item.batch.branch_lengths.shape[0], device=device)
     return float(all_right.scatter_reduce(0, branch, is_right.float(), "amin").mean())
 
 
