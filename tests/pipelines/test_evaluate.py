@@ -218,22 +218,22 @@ def test_progress_and_order_do_not_change_the_result(data: Path, tmp_path: Path)
     assert record.accuracy["photon"]["low"] < record.accuracy["photon"]["value"]  # one patient proves little
 
 
-def test_how_closed_questions_are_answered_is_handed_on_and_recorded(
+def test_where_and_how_questions_are_answered_is_handed_on(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened: list[tuple[str, str]] = []
+    opened: list[tuple[str, str, str]] = []
 
-    def open_answerer(checkpoint: Path, policy: str, *, closed_by: str) -> Answerer:
-        opened.append((policy, closed_by))
+    def open_answerer(checkpoint: Path, policy: str, *, closed_by: str, device: str) -> Answerer:
+        opened.append((policy, closed_by, device))
         return _open(checkpoint, policy)
 
     monkeypatch.setattr("pipelines.predict.TorchAnswerer", open_answerer)
-    for number, wanted in enumerate(({}, {"closed_by": "generation"}, {"closed_by": "likelihood"})):
+    for number, wanted in enumerate(({}, {"closed_by": "generation"}, {"closed_by": "likelihood", "device": "auto"})):
         opened.clear()
         output = tmp_path / str(number)
         record = evaluate(Path("model"), data, output, blind_checkpoint=Path("blind"), data_version="md5", **wanted)
-        expected = wanted.get("closed_by", "generation")
-        assert opened == [(policy, expected) for policy in ("photon", "all_tokens", "blind")]
+        expected, device = wanted.get("closed_by", "generation"), wanted.get("device", "cpu")
+        assert opened == [(policy, expected, device) for policy in ("photon", "all_tokens", "blind")]
         assert record.closed_by == EvaluateRecord.read(output / "evaluation.json").closed_by == expected
 
 
