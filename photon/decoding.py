@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from photon.model.attention import Attention, BlockAttention, padded_rows, starts_of
-from photon.model.decoder import QueryKeyValue
+from photon.model.decoder import KeyValue, QueryKeyValue
 from photon.model.network import Photon
 
 
@@ -45,11 +45,11 @@ class Cache:
         return Cache(F.pad(self.k, padding), F.pad(self.v, padding), self.mask)
 
 
-def build_cache(layers: Iterable[QueryKeyValue], lengths: Tensor, *, room: int = 0) -> Cache:
+def build_cache(layers: Iterable[KeyValue], lengths: Tensor, *, room: int = 0) -> Cache:
     """Lay packed keys and values [R, G, d] of every layer out per branch.
 
     Args:
-        layers: what each layer attended with, rows branch after branch.
+        layers: keys and values of each layer, rows branch after branch.
         lengths: int64 [B] rows of each branch.
         room: columns to leave free for tokens still to come.
     """

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from photon.decoding import Cache, build_cache, decode_step
 from photon.errors import PhotonError
-from photon.model.decoder import QueryKeyValue
 from photon.model.network import ContextState, Output, Photon
 from photon.model.packing import Branch, Context, PackedBatch, pack_batch
 from photon.sampling import AnswerDecoder, Generated, OnToken, Sampling
@@ -61,14 +60,9 @@ def encode_scan(model: Photon, context: Context) -> EncodedScan:
     Raises:
         PhotonError: ``PROMPT_INVALID`` when placeholders and volumes do not match.
     """
-    # A batch wants a branch; the contexts' layers do not look at it.
-    nothing = Branch(0, torch.tensor([model.config.eos_token_id]))
-    batch = pack_batch([context], [nothing], model.config).to(_device(model))
+    batch = pack_batch([context], [], model.config).to(_device(model))
     state = model.encode_contexts(batch, _num_shared_layers(model))
-    # Queries of the context are most of the bytes and never looked at again: one zero stands for all.
-    layers = tuple(QueryKeyValue(s.q.new_zeros(()).expand_as(s.q), s.k, s.v) for s in state.layers)
-    no_patches = dataclasses.replace(context, patches=context.patches[:0].clone())
-    return EncodedScan(no_patches, ContextState(state.hidden, layers))
+    return EncodedScan(dataclasses.replace(context, patches=context.patches[:0].clone()), state)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from photon import golden, objectives
 from photon.checkpoint import read_model
 from photon.golden import MODES, GoldenSample, Tensors, invalid_cases
+from photon.model.decoder import QueryKeyValue
 from photon.model.network import ContextState, Output, Photon
 from photon.model.packing import PackedBatch
 from photon.scheduling import Schedule
@@ -104,16 +105,22 @@ def _sample_rows(model: Photon, sample: GoldenSample, path: Path) -> Iterator[Pa
     batch = golden.batch_of(sample, model.config, path)
     yield from _mask_rows(sample, batch)
     visual = [torch.zeros(0, model.config.hidden_size)]
-    hook = model.visual.register_forward_hook(lambda _module, _arguments, tokens: visual.append(tokens))
+    states: list[QueryKeyValue] = []
+    attention = model.model.layers[model.config.pruning.layer].get_submodule("self_attn")
+    hooks = [
+        model.visual.register_forward_hook(lambda _module, _arguments, tokens: visual.append(tokens)),
+        attention.register_forward_hook(lambda _module, _arguments, result: states.append(result[1])),
+    ]
     with torch.no_grad():
         early = model.encode_contexts(batch, model.config.pruning.layer + 1)
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     for mode in MODES:
         if mode not in sample.outputs:
             continue
         theirs = sample.outputs[mode]
         output = _forward(model, batch, early, mode)
-        ours = {"visual_embeds": visual[-1], **_forward_values(model, batch, early, output)}
+        ours = {"visual_embeds": visual[-1], **_forward_values(model, batch, early, states[0], output)}
         if MODES[mode].stage is not None:
             ours |= _training_values(model, batch, mode, theirs)
         yield from _mode_rows(sample.name, mode, theirs, ours)
@@ -143,14 +150,16 @@ def _forward(model: Photon, batch: PackedBatch, early: ContextState, mode: str) 
 
 
 @torch.no_grad()
-def _forward_values(model: Photon, batch: PackedBatch, early: ContextState, output: Output) -> dict[str, Tensor]:
-    """Our numbers in the golden layout, as far as they need no training."""
+def _forward_values(
+    model: Photon, batch: PackedBatch, early: ContextState, shared: QueryKeyValue, output: Output
+) -> dict[str, Tensor]:
+    """Our numbers in the golden layout, as far as they need no training; ``shared`` is of the pruning layer."""
     is_shared = output.selection is None
     hidden = torch.cat([output.context.hidden, output.hidden]) if is_shared else output.hidden
     rows, targets, branch = objectives.answer_targets(batch)
     answer = objectives.answer_loss(model.logits(output.hidden[output.branch_rows[rows]]), targets)
     answer = objectives.mean_by_branch(answer, branch, 1)[0]
-    shared, (own_hidden, own) = early.layers[-1], output.pruning_layer
+    own_hidden, own = output.pruning_layer
     share = model.config.num_attention_heads // model.config.num_key_value_heads
     values = {
         "position_ids": torch.cat([batch.context_positions, batch.branch_positions], dim=1)[:, None],

@@ -13,12 +13,24 @@ from photon.model.layers import GatedMLP, RMSNorm, rotary_table, rotate
 from photon.scheduling import ThresholdPredictor
 
 
+class KeyValue(NamedTuple):
+    """What a layer keeps of its rows for later ones: rotated k [T, G, d], v [T, G, d]."""
+
+    k: Tensor
+    v: Tensor
+
+
 class QueryKeyValue(NamedTuple):
     """What one layer attended with: rotated q [T, H, d], rotated k [T, G, d], v [T, G, d]."""
 
     q: Tensor
     k: Tensor
     v: Tensor
+
+    @property
+    def kept(self) -> KeyValue:
+        """Without the queries, which are most of the bytes and are never looked at again."""
+        return KeyValue(self.k, self.v)
 
 
 class SelfAttention(nn.Module):

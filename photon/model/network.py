@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from photon import scheduling
 from photon.config import PhotonConfig
 from photon.model.attention import Attention, RaggedAttention, padded_rows, starts_of
-from photon.model.decoder import Decoder, QueryKeyValue, SelfAttention
+from photon.model.decoder import Decoder, KeyValue, QueryKeyValue, SelfAttention
 from photon.model.layers import maybe_checkpoint
 from photon.model.packing import PackedBatch
 from photon.model.selection import Selection, select_rows, visual_tokens_of, volumes_of_branches
@@ -33,10 +33,10 @@ Mode = Literal["full", "soft", "hard"]
 
 @dataclass(frozen=True)
 class ContextState:
-    """Encoded contexts: output rows [Tc, D] of the last layer run, and what every layer run attended with."""
+    """Encoded contexts: output rows [Tc, D] of the last layer run, keys and values of every layer run."""
 
     hidden: Tensor
-    layers: tuple[QueryKeyValue, ...]
+    layers: tuple[KeyValue, ...]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Output:
         branch_rows: int64 [Tb] row of `hidden` that holds each branch token.
         schedule: the pruning decision; None when there is no visual token.
         selection: rows after pruning; None when contexts stayed shared.
-        layers: what each layer attended with, rows as in `hidden` (earlier layers pruned too); None unless asked.
+        layers: each layer's keys and values, rows as in `hidden` (earlier layers pruned too); None unless asked.
         context: the encoded contexts.
         pruning_layer: branch rows' output [Tb, D] and attention state at the pruning layer.
     """
@@ -57,7 +57,7 @@ class Output:
     branch_rows: Tensor
     schedule: Schedule | None
     selection: Selection | None
-    layers: tuple[QueryKeyValue, ...] | None
+    layers: tuple[KeyValue, ...] | None
     context: ContextState
     pruning_layer: tuple[Tensor, QueryKeyValue]
 
@@ -161,7 +161,7 @@ class Photon(nn.Module):
         layers = []
         for layer in self.model.layers[:num_layers]:
             x, state = self._run(layer, x, table, attend)
-            layers.append(state)
+            layers.append(state.kept)
         return ContextState(x, tuple(layers))
 
     def run_branches(
@@ -186,13 +186,13 @@ class Photon(nn.Module):
         )
         table = self.model.rotary(batch.branch_positions)
         x = self.model.embed_tokens(batch.branch_ids)
-        early: list[QueryKeyValue] = []
+        early: list[KeyValue] = []
         split = self.config.pruning.layer + 1
         for layer, shared in zip(self.model.layers[:split], context.layers, strict=False):
             x, state = self._run(layer, x, table, _after(shared, attend))
-            early.append(state)
-        at_pruning = (x, early[-1])
-        decision = self._schedule(batch, context.layers[split - 1], early[-1])
+            early.append(state.kept)
+        at_pruning = (x, state)
+        decision = self._schedule(batch, context.layers[split - 1], state)
 
         if mode == "full" and not with_layers:
             for layer, shared in zip(self.model.layers[split:], context.layers[split:], strict=True):
@@ -215,10 +215,10 @@ class Photon(nn.Module):
         weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         return F.linear(normed, weight)
 
-    def _schedule(self, batch: PackedBatch, shared: QueryKeyValue, own: QueryKeyValue) -> Schedule | None:
-        if not batch.visual_rows.numel():
-            return None
+    def _schedule(self, batch: PackedBatch, shared: KeyValue, own: QueryKeyValue) -> Schedule | None:
         branch, volume = volumes_of_branches(batch)
+        if not volume.numel():
+            return None
         rows, valid = visual_tokens_of(batch, volume)
         # Mixed precision would take the products of the scores and of the threshold network for ordinary ones.
         with torch.autocast(rows.device.type, enabled=False):
@@ -251,7 +251,7 @@ class Photon(nn.Module):
 
     def _run_pruned(
         self, x: Tensor, batch: PackedBatch, selection: Selection, *, with_layers: bool
-    ) -> tuple[Tensor, list[QueryKeyValue]]:
+    ) -> tuple[Tensor, list[KeyValue]]:
         positions = torch.cat([batch.context_positions, batch.branch_positions], dim=1)[:, selection.rows]
         table = self.model.rotary(positions)
         lengths = selection.lengths
@@ -262,7 +262,7 @@ class Photon(nn.Module):
         for layer in self.model.layers[self.config.pruning.layer + 1 :]:
             x, state = self._run(layer, x, table, attend)
             if with_layers:
-                states.append(state)
+                states.append(state.kept)
         return x, states
 
     def _run(
@@ -283,7 +283,7 @@ def _resemble_keys(q: Tensor, k: Tensor, config: PhotonConfig) -> None:
     k.mul_(INITIAL_SHARPNESS)
 
 
-def _after(shared: QueryKeyValue, attend: RaggedAttention) -> Attention:
+def _after(shared: KeyValue, attend: RaggedAttention) -> Attention:
     """Attention of branch rows over context rows and their own."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -303,5 +303,5 @@ def _kept(decision: Schedule | None, mode: Mode, flip: Tensor | None) -> Tensor 
     return torch.where(flip[decision.branch][:, None], inverted, decision.keep)
 
 
-def _joined(shared: QueryKeyValue, own: QueryKeyValue, rows: Tensor) -> QueryKeyValue:
-    return QueryKeyValue(*(torch.cat(pair).index_select(0, rows) for pair in zip(shared, own, strict=True)))
+def _joined(shared: KeyValue, own: KeyValue, rows: Tensor) -> KeyValue:
+    return KeyValue(*(torch.cat(pair).index_select(0, rows) for pair in zip(shared, own, strict=True)))

@@ -105,7 +105,7 @@ class PackedBatch:
 
 
 def pack_batch(contexts: Sequence[Context], branches: Sequence[Branch], config: PhotonConfig) -> PackedBatch:
-    """Pack contexts and branches.
+    """Pack contexts and branches; without branches the batch can be encoded but not asked.
 
     Raises:
         PhotonError: ``PROMPT_INVALID`` when placeholders and volumes do not match or a branch is empty.
@@ -118,7 +118,7 @@ def pack_batch(contexts: Sequence[Context], branches: Sequence[Branch], config: 
     visual_counts = torch.tensor([int((c.input_ids == config.video_token_id).sum()) for c in contexts])
     grids = tuple(grid for context in contexts for grid in context.grids)
     tokens = [own for context in contexts for own in _tokens_of_volumes(context, config)]
-    ids = torch.cat([branch.input_ids for branch in branches])
+    none = torch.zeros(0, dtype=torch.long)
     return PackedBatch(
         patches=torch.cat([context.patches for context in contexts]),
         grids=grids,
@@ -130,14 +130,14 @@ def pack_batch(contexts: Sequence[Context], branches: Sequence[Branch], config: 
         visual_counts=visual_counts,
         volume_counts=torch.tensor([own.numel() for own in tokens], dtype=torch.long),
         context_volumes=torch.tensor([len(context.grids) for context in contexts]),
-        branch_ids=ids,
+        branch_ids=torch.cat([none, *(branch.input_ids for branch in branches)]),
         branch_positions=torch.cat(
-            [(torch.arange(b.input_ids.numel()) + nexts[b.context]).expand(3, -1) for b in branches], dim=1
-        ),
-        branch_lengths=torch.tensor([branch.input_ids.numel() for branch in branches]),
-        branch_context=torch.tensor([branch.context for branch in branches]),
-        question=torch.cat([question_mask(branch.input_ids, config.eos_token_id) for branch in branches]),
-        labels=torch.cat([_labels_of(branch) for branch in branches]),
+            [none, *(torch.arange(branch.input_ids.numel()) + nexts[branch.context] for branch in branches)]
+        ).expand(3, -1),
+        branch_lengths=torch.tensor([branch.input_ids.numel() for branch in branches], dtype=torch.long),
+        branch_context=torch.tensor([branch.context for branch in branches], dtype=torch.long),
+        question=torch.cat([none.bool(), *(question_mask(b.input_ids, config.eos_token_id) for b in branches)]),
+        labels=torch.cat([none, *(_labels_of(branch) for branch in branches)]),
     )
 
 

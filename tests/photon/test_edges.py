@@ -169,6 +169,16 @@ def test_no_volume_means_no_decision() -> None:
     assert len(answered(batch)) == 1
 
 
+def test_a_volume_nobody_asks_about() -> None:
+    contexts = [random_context(CONFIG, [(1, 4, 4)], seed=0), random_context(CONFIG, [], seed=1)]
+    question = random_branch(CONFIG, 1, num_question=2)
+    model = micro_model(CONFIG)
+    alone = model(pack_batch(contexts[1:], [Branch(0, question.input_ids)], CONFIG), "hard")
+    output = model(pack_batch(contexts, [question], CONFIG), "hard")
+    assert output.schedule is None
+    torch.testing.assert_close(output.hidden, alone.hidden)
+
+
 @torch.no_grad()
 def test_sixteen_thousand_tokens() -> None:
     """Beside a small scan: kept sets and answers of both are those they have alone."""

@@ -12,7 +12,7 @@ from photon.config import PhotonConfig
 from photon.decoding import Cache, build_cache, decode_step, decode_step_functional
 from photon.errors import PhotonError
 from photon.generate import EncodedScan, Prompted, answer, ask, decode, encode_scan, generate, last_rows
-from photon.model.decoder import QueryKeyValue
+from photon.model.decoder import KeyValue
 from photon.model.network import Photon
 from photon.model.packing import Branch, Context, pack_batch
 from photon.sampling import Generated, Sampling
@@ -173,7 +173,7 @@ def test_columns_without_a_row_do_not_matter() -> None:
     lengths = torch.tensor([2, 4, 1])
     packed = torch.arange(7.0)[:, None, None].expand(7, 2, 3).clone()
     packed[2:6] = torch.nan
-    cache = build_cache([QueryKeyValue(packed, packed, -packed)] * 2, lengths, room=2)
+    cache = build_cache([KeyValue(packed, -packed)] * 2, lengths, room=2)
     assert cache.k.shape == cache.v.shape == (2, 3, 6, 2, 3) and cache.num_columns == 4
     assert cache.mask.tolist() == [[True, True, False, False], [True] * 4, [True, False, False, False]]
     assert cache.k[:, [0, 2]].isfinite().all() and cache.v[:, [0, 2]].isfinite().all()

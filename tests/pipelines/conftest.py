@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from pipelines.export import export
 from pipelines.phantoms import PhantomSpec, generate
@@ -15,15 +13,6 @@ from pipelines.train import TrainSpec, train
 from pipelines.volumes import VOLUME_SPECS
 
 DATA_VERSION = "0123456789abcdef.dir"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models here are too small to share; threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
