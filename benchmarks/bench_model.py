@@ -1,14 +1,16 @@
 """What the 14-deep patch saves, what pruning saves, and what sharing the scan saves: one run, the same weights.
 
-Contenders: `vanilla` (patches two slices deep), `all_tokens` (14 deep, unpruned), `photon` (14 deep, pruned to the share
-of tokens that --keep names). On a CPU the shapes are the public 3B model's at an eighth of the width and a third of the
-depth, with its own 140 x 280 x 280 volume: 7000 tokens for vanilla, 1000 for the others.
+Contenders: `vanilla` (patches two slices deep), `all_tokens` (14 deep, unpruned), `photon` (14 deep, pruned to the
+share of tokens that --keep names). The shapes are the public 3B model's at an eighth of the width and a third of
+the depth, with its own 140 x 280 x 280 volume: 7000 tokens for vanilla, 1000 for the others.
+`gpu_checks.py` measures the full shapes on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import gc
 import json
 import subprocess
@@ -204,24 +206,56 @@ def _resident_kb(field: str) -> int:
 
 
 def questions_on_one_scan(contender: Contender, repeats: int) -> list[dict[str, float]]:
-    """K questions together against K separate runs, first tokens of all of them."""
+    """K questions together against K separate runs: the first token of every answer, then answers of some length."""
 
     def apart(count: int) -> Tensor:
         return torch.cat([contender.encode(range(number, number + 1)) for number in range(count)])
+
+    def answer_apart(count: int) -> list[tuple[int, ...]]:
+        return [ids for number in range(count) for ids in contender.ask(range(number, number + 1), NUM_GENERATED)]
 
     rows = []
     for count in QUESTIONS:
         together, separate = contender.encode(range(count)), apart(count)
         difference = float((together - separate).abs().max() / separate.abs().max())
         assert difference < 1e-4, f"{count} questions: logits differ by {difference}"
+        assert contender.ask(range(count), NUM_GENERATED) == answer_apart(count), f"{count} questions: other answers"
         times = best_of_each(
-            {"shared": lambda n=count: contender.encode(range(n)), "separate": lambda n=count: apart(n)},  # type: ignore[misc]
-            repeats if count < 32 else 1,
+            {
+                "shared": functools.partial(contender.encode, range(count)),
+                "separate": functools.partial(apart, count),
+                "shared answers": functools.partial(contender.ask, range(count), NUM_GENERATED),
+                "separate answers": functools.partial(answer_apart, count),
+            },
+            repeats,
         )
-        ratio = times["shared"] / times["separate"]
-        rows.append({"questions": count, "shared_over_separate": ratio, "relative_logit_difference": difference})
-        print(rows[-1])
+        flops = {"shared": flops_of(functools.partial(contender.encode, range(count))), "one": 0}
+        flops["one"] = flops_of(functools.partial(contender.encode, range(1)))
+        rows.append(
+            {
+                "questions": count,
+                "first_token_time_shared_over_separate": times["shared"] / times["separate"],
+                "first_token_flops_shared_over_separate": flops["shared"] / (count * flops["one"]),
+                "answer_time_shared_over_separate": times["shared answers"] / times["separate answers"],
+                "relative_logit_difference": difference,
+            }
+        )
+        print(contender.name, json.dumps(rows[-1]))
     return rows
+
+
+def compare(contenders: Mapping[str, Contender], phase: str, bias: float, repeats: int) -> dict[str, Any]:
+    """Time, arithmetic and peak memory of a phase, as ratios between contenders."""
+    runs = {name: functools.partial(contender.run, phase) for name, contender in contenders.items()}
+    seconds = best_of_each(runs, repeats)
+    flops = {name: flops_of(run) for name, run in runs.items()}
+    memory = {name: peak_megabytes(name, phase, bias) for name in runs}
+    ratios = {
+        f"{a}_over_{b}": {"time": seconds[a] / seconds[b], "flops": flops[a] / flops[b], "peak": memory[a] / memory[b]}
+        for a, b in (("vanilla", "all_tokens"), ("all_tokens", "photon"), ("vanilla", "photon"))
+    }
+    print(phase, json.dumps(ratios))
+    return ratios
 
 
 def main() -> None:
@@ -236,16 +270,7 @@ def main() -> None:
         return
     bias = calibrated_bias(arguments.keep)
     contenders = {name: Contender(name, bias) for name in CONTENDERS}
-    phases: dict[str, dict[str, Any]] = {}
-    for phase in PHASES:
-        seconds = best_of_each({n: lambda c=c: c.run(phase) for n, c in contenders.items()}, arguments.repeats)  # type: ignore[misc]
-        flops = {name: flops_of(lambda c=c: c.run(phase)) for name, c in contenders.items()}  # type: ignore[misc]
-        memory = {name: peak_megabytes(name, phase, bias) for name in CONTENDERS}
-        phases[phase] = {
-            f"{a}_over_{b}": {"time": seconds[a] / seconds[b], "flops": flops[a] / flops[b], "peak": memory[a] / memory[b]}
-            for a, b in (("vanilla", "all_tokens"), ("all_tokens", "photon"), ("vanilla", "photon"))
-        }
-        print(phase, json.dumps(phases[phase]))
+    phases = {phase: compare(contenders, phase, bias, arguments.repeats) for phase in PHASES}
     kept = contenders["photon"].train()
     sharing = {n: questions_on_one_scan(contenders[n], arguments.repeats) for n in ("all_tokens", "photon")}
     pruned = phases["training"]["all_tokens_over_photon"]
