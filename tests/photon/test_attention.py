@@ -195,6 +195,7 @@ def test_arguments_of_the_fused_kernel(monkeypatch: pytest.MonkeyPatch, is_causa
         torch.testing.assert_close(fused, layout(q, k, v), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
