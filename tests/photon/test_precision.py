@@ -160,3 +160,11 @@ def test_another_precision_is_refused() -> None:
     with pytest.raises(PhotonError) as caught:
         OptimiserConfig(learning_rate=1.0, vision_learning_rate=1.0, alignment_learning_rate=1.0, precision="float8")  # type: ignore[arg-type]
     assert caught.value.code == "PRECISION_UNKNOWN" and "float8" in str(caught.value)
+
+
+def test_rows_between_the_vision_blocks_are_as_wide_as_the_weights() -> None:
+    patches = torch.rand(8, CONFIG.vision.patch_voxels)
+    exact, half, _ = models()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert exact.visual.vision_patch_embed(patches).dtype == torch.float32
+    assert half.visual.vision_patch_embed(patches).dtype == torch.bfloat16
