@@ -11,7 +11,7 @@ STATE := $(abspath .state)
 PORT ?= 4200
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench ui serve clean
+.PHONY: help venv demo test check bench gpu ui serve clean
 
 help:  ## list these verbs
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | awk -F'|' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ check: $(STAMP)  ## linter, formatter, layers contract and type checker
 
 bench: $(STAMP)  ## run the benchmarks into benchmarks/results
 	@for bench in benchmarks/bench_*.py; do echo "$$bench"; $(BIN)/python "$$bench" || exit 1; done
+
+gpu:  ## run the checks that need a GPU into benchmarks/results/gpu.json (with .venv, or with PYTHON if there is none)
+	@if test -x $(BIN)/python; then $(BIN)/python benchmarks/gpu_checks.py; else $(PYTHON) benchmarks/gpu_checks.py; fi
 
 ui: $(STAMP)  ## show the tracked runs at http://127.0.0.1:5000
 	MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true \

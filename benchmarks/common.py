@@ -1,9 +1,12 @@
-"""What every benchmark does: say where it ran, take the best of several runs, write a results file."""
+"""What every benchmark does: say where it ran, time several runs, write a results file."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shutil
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -17,16 +20,36 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def provenance() -> dict[str, Any]:
-    """Machine, versions and commit."""
-    root = Path(__file__).parent.parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    """Machine, versions and commit; the commit from the variable PHOTON_COMMIT where the folder is no checkout."""
+    has_gpu = torch.cuda.is_available()
     return {
-        "machine": {"system": platform.platform(), "device": device, "threads": torch.get_num_threads()},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy")}},
-        "commit": commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
+        "machine": {
+            "system": platform.platform(),
+            "device": torch.cuda.get_device_name() if has_gpu else "cpu",
+            "threads": torch.get_num_threads(),
+            "memory_gib": torch.cuda.get_device_properties(0).total_memory / 2**30 if has_gpu else None,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "numpy")},
+            "cuda": torch.version.cuda,
+        },
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    git = shutil.which("git")
+
+    def ask(*command: str) -> str:
+        root = Path(__file__).parent.parent
+        done = subprocess.run([str(git), *command], cwd=root, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    commit = ask("rev-parse", "HEAD") if git else ""
+    if not commit:
+        return os.environ.get("PHOTON_COMMIT", "unknown")
+    return commit + ("+changes" if ask("status", "--porcelain") else "")
 
 
 def best_of(function: Callable[[], object], repeats: int) -> float:
@@ -40,10 +63,49 @@ def best_of(function: Callable[[], object], repeats: int) -> float:
     return min(times)
 
 
+def measure(function: Callable[[], object], repeats: int, device: torch.device) -> dict[str, float]:
+    """Median time in ms of several runs after one that does not count, and on a GPU their peak memory in GiB.
+
+    The peak is of everything the process holds there, weights included.
+    """
+    function()
+    is_gpu = device.type == "cuda"
+    if is_gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    times = [_time_on_gpu(function) if is_gpu else _time_on_cpu(function) for _ in range(repeats)]
+    peak = {"peak_gib": torch.cuda.max_memory_allocated(device) / 2**30} if is_gpu else {}
+    return {"median_ms": statistics.median(times), "best_ms": min(times), **peak}
+
+
+def _time_on_gpu(function: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    function()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def _time_on_cpu(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return 1000 * (time.perf_counter() - started)
+
+
+def save_results(name: str, content: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write ``<name>.json`` with provenance."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{name}.json"
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(json.dumps({**provenance(), **content}, indent=1, sort_keys=True) + "\n")
+    temporary.replace(target)
+    return target
+
+
 def write_results(name: str, content: dict[str, Any]) -> Path:
     """Write ``results/<name>.json`` with provenance, and print it."""
-    RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"{name}.json"
-    target.write_text(json.dumps({**provenance(), **content}, indent=1, sort_keys=True) + "\n")
+    target = save_results(name, content)
     print(f"{target}\n{json.dumps(content, indent=1)}")
     return target
