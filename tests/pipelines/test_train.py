@@ -166,3 +166,13 @@ def test_an_output_that_cannot_be_written_is_refused(smoke_data: Path, tmp_path:
     with pytest.raises(PhotonError) as caught:
         train(MICRO, smoke_data, tmp_path / "file", data_version="v1")
     assert caught.value.code == "OUTPUT_UNWRITABLE"
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(PhotonError) as caught:
+        train(MICRO, tmp_path / "nothing", tmp_path / "out", data_version="v1", device="cuda")
+    assert caught.value.code == "GPU_UNAVAILABLE"
+    assert not (tmp_path / "out").exists()
