@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -175,9 +177,18 @@ def loop_kernel(
     return out
 
 
+def unflagged_kernel(*arguments: Any, window_size: tuple[int, int]) -> Tensor:
+    """As before PyTorch 2.12: grouped heads need no flag, and there is none."""
+    is_grouped = arguments[0].shape[1] != arguments[1].shape[1]
+    return loop_kernel(*arguments, window_size=window_size, enable_gqa=is_grouped)
+
+
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_arguments_of_the_fused_kernel(monkeypatch: pytest.MonkeyPatch, is_causal: bool) -> None:
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", loop_kernel)
+@pytest.mark.parametrize("kernel", [loop_kernel, unflagged_kernel])
+def test_arguments_of_the_fused_kernel(
+    monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., Tensor], is_causal: bool
+) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     plain = segments_of([3, 0, 5], is_causal=is_causal)
     sizes, owner = torch.tensor([2, 1, 3]), torch.tensor([1, 0, 1])
     contexts = torch.tensor([0, 4])
