@@ -173,14 +173,16 @@ def flops_of(function: Callable[[], object]) -> int:
 
 
 def best_of_each(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Shortest time of each in seconds, taken in turns so that a slow moment hits all of them."""
+    """Shortest time of each in seconds, taken in turns so that a slow moment hits all of them.
+
+    Every function has run before (the arithmetic was counted, the results compared), so there is nothing to warm up.
+    """
     times = {name: float("inf") for name in functions}
-    for turn in range(repeats + 1):
+    for _ in range(repeats):
         for name, function in functions.items():
             started = time.perf_counter()
             function()
-            if turn:  # the first turn warms up
-                times[name] = min(times[name], time.perf_counter() - started)
+            times[name] = min(times[name], time.perf_counter() - started)
     return times
 
 
@@ -227,7 +229,7 @@ def questions_on_one_scan(contender: Contender, repeats: int) -> list[dict[str, 
                 "shared answers": functools.partial(contender.ask, range(count), NUM_GENERATED),
                 "separate answers": functools.partial(answer_apart, count),
             },
-            repeats,
+            repeats if count < max(QUESTIONS) else 1,  # long enough to be steady
         )
         flops = {"shared": flops_of(functools.partial(contender.encode, range(count))), "one": 0}
         flops["one"] = flops_of(functools.partial(contender.encode, range(1)))
@@ -247,8 +249,8 @@ def questions_on_one_scan(contender: Contender, repeats: int) -> list[dict[str, 
 def compare(contenders: Mapping[str, Contender], phase: str, bias: float, repeats: int) -> dict[str, Any]:
     """Time, arithmetic and peak memory of a phase, as ratios between contenders."""
     runs = {name: functools.partial(contender.run, phase) for name, contender in contenders.items()}
-    seconds = best_of_each(runs, repeats)
     flops = {name: flops_of(run) for name, run in runs.items()}
+    seconds = best_of_each(runs, repeats)
     memory = {name: peak_megabytes(name, phase, bias) for name in runs}
     ratios = {
         f"{a}_over_{b}": {"time": seconds[a] / seconds[b], "flops": flops[a] / flops[b], "peak": memory[a] / memory[b]}

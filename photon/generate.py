@@ -175,11 +175,11 @@ def last_rows(batch: PackedBatch, output: Output) -> Tensor:
 
 def _read(model: Photon, batch: PackedBatch, state: ContextState, *, keep_all: bool, room: int) -> Prompted:
     output = model.run_branches(batch, state, "full" if keep_all else "hard", with_layers=True)
-    assert output.layers is not None and output.selection is not None
+    assert output.layers is not None and output.layer_lengths is not None
     return Prompted(
         logits=model.logits(output.hidden[last_rows(batch, output)]),
         # The last token needs no column of its own.
-        cache=build_cache(output.layers, output.selection.lengths, room=max(room - 1, 0)),
+        cache=build_cache(output.layers, output.layer_lengths, room=max(room - 1, 0)),
         positions=batch.branch_positions[0, batch.branch_lengths.cumsum(0) - 1],
         output=dataclasses.replace(output, layers=None),  # the cache has them
     )

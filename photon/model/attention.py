@@ -75,10 +75,10 @@ class Segment:
         """Whether there are as many keys as queries."""
         return self.num_keys == self.q_length
 
-    def key_rows(self) -> list[int]:
-        """Key rows in the order in which they are seen."""
-        shared = range(self.shared_start, self.shared_start + self.shared_length)
-        return [*shared, *range(self.k_start, self.k_start + self.k_length)]
+    def key_rows(self) -> Tensor:
+        """Key rows in the order in which they are seen: int64 [num_keys]."""
+        shared = torch.arange(self.shared_start, self.shared_start + self.shared_length)
+        return torch.cat([shared, torch.arange(self.k_start, self.k_start + self.k_length)])
 
 
 class RaggedAttention:
@@ -214,7 +214,7 @@ class _Varlen:
 
         q_lengths, k_lengths = [s.q_length for s in segments], [s.num_keys for s in segments]
         own = all(s.shared_length == 0 and s.k_start == s.q_start and s.k_length == s.q_length for s in segments)
-        rows = None if own else torch.tensor([row for s in segments for row in s.key_rows()], device=device)
+        rows = None if own else torch.cat([s.key_rows() for s in segments]).to(device)
         return cls(bounds(q_lengths), bounds(k_lengths), rows, max(q_lengths), max(k_lengths))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tensor:

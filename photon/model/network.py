@@ -6,7 +6,7 @@ has its own copy of the context rows it kept, followed by its own rows.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,7 +48,8 @@ class Output:
         branch_rows: int64 [Tb] row of `hidden` that holds each branch token.
         schedule: the pruning decision; None when there is no visual token.
         selection: rows after pruning; None when contexts stayed shared.
-        layers: each layer's keys and values, rows as in `hidden` (earlier layers pruned too); None unless asked.
+        layers: each layer's keys and values, all rows a branch sees, branch after branch; None unless asked.
+        layer_lengths: int64 [B] rows of each branch in `layers`; None unless asked.
         context: the encoded contexts.
         pruning_layer: branch rows' output [Tb, D] and attention state at the pruning layer.
     """
@@ -58,6 +59,7 @@ class Output:
     schedule: Schedule | None
     selection: Selection | None
     layers: tuple[KeyValue, ...] | None
+    layer_lengths: Tensor | None
     context: ContextState
     pruning_layer: tuple[Tensor, QueryKeyValue]
 
@@ -138,9 +140,9 @@ class Photon(nn.Module):
                 dropped rows, with surrogate gradients.
             flip: bool [B] branches whose keep mask is inverted (the flip objective), "hard" only.
             detach: bool [B] branches whose loss must not reach the keep probabilities.
-            with_layers: also return every layer's keys and values in pruned order, for generation.
+            with_layers: also return every layer's keys and values of the rows that stay, for generation.
         """
-        last = self.config.num_hidden_layers if mode == "full" and not with_layers else self.config.pruning.layer + 1
+        last = self.config.num_hidden_layers if mode == "full" else self.config.pruning.layer + 1
         return self.run_branches(
             batch, self.encode_contexts(batch, last), mode, flip=flip, detach=detach, with_layers=with_layers
         )
@@ -153,13 +155,13 @@ class Photon(nn.Module):
             x = x.index_copy(0, batch.visual_rows, tokens)
         return self.run_contexts(x, batch, num_layers)
 
-    def run_contexts(self, x: Tensor, batch: PackedBatch, num_layers: int) -> ContextState:
-        """The first ``num_layers`` decoder layers over embedded context rows [Tc, D]."""
+    def run_contexts(self, x: Tensor, batch: PackedBatch, num_layers: int, *, first: int = 0) -> ContextState:
+        """Decoder layers from ``first`` to below ``num_layers`` over context rows [Tc, D]."""
         lengths = batch.context_lengths
         attend = RaggedAttention.build(lengths, k_starts=starts_of(lengths), k_lengths=lengths, is_causal=True)
         table = self.model.rotary(batch.context_positions)
         layers = []
-        for layer in self.model.layers[:num_layers]:
+        for layer in self.model.layers[first:num_layers]:
             x, state = self._run(layer, x, table, attend)
             layers.append(state.kept)
         return ContextState(x, tuple(layers))
@@ -174,7 +176,7 @@ class Photon(nn.Module):
         detach: Tensor | None = None,
         with_layers: bool = False,
     ) -> Output:
-        """Run the branches of a batch against encoded contexts; arguments as in :meth:`forward`."""
+        """Run the branches of a batch against contexts encoded as far as the pruning layer; see :meth:`forward`."""
         num_context_rows = batch.context_ids.shape[0]
         attend = RaggedAttention.build(
             batch.branch_lengths,
@@ -186,28 +188,41 @@ class Photon(nn.Module):
         )
         table = self.model.rotary(batch.branch_positions)
         x = self.model.embed_tokens(batch.branch_ids)
-        early: list[KeyValue] = []
+        own: list[KeyValue] = []
         split = self.config.pruning.layer + 1
         for layer, shared in zip(self.model.layers[:split], context.layers, strict=False):
             x, state = self._run(layer, x, table, _after(shared, attend))
-            early.append(state.kept)
+            own.append(state.kept)
         at_pruning = (x, state)
         decision = self._schedule(batch, context.layers[split - 1], state)
 
-        if mode == "full" and not with_layers:
+        if mode == "full":
+            context = self._finished(context, batch)
             for layer, shared in zip(self.model.layers[split:], context.layers[split:], strict=True):
-                x, _ = self._run(layer, x, table, _after(shared, attend))
+                x, state = self._run(layer, x, table, _after(shared, attend))
+                own.append(state.kept)
             rows = torch.arange(x.shape[0], device=x.device)
-            return Output(x, rows, decision, None, None, context, at_pruning)
+            if not with_layers:
+                return Output(x, rows, decision, None, None, None, context, at_pruning)
+            everything = select_rows(batch, None if decision is None else decision.valid)
+            layers = _joined(context.layers, own, everything.rows)
+            return Output(x, rows, decision, None, layers, everything.lengths, context, at_pruning)
 
         selection = select_rows(batch, _kept(decision, mode, flip))
         x = self._prune(torch.cat([context.hidden, x]), decision, selection, mode, detach)
         x, late = self._run_pruned(x, batch, selection, with_layers=with_layers)
-        layers = None
-        if with_layers:
-            pairs = zip(context.layers, early, strict=True)
-            layers = (*(_joined(shared, own, selection.rows) for shared, own in pairs), *late)
-        return Output(x, selection.branch_rows, decision, selection, layers, context, at_pruning)
+        if not with_layers:
+            return Output(x, selection.branch_rows, decision, selection, None, None, context, at_pruning)
+        layers = (*_joined(context.layers, own, selection.rows), *late)
+        return Output(x, selection.branch_rows, decision, selection, layers, selection.lengths, context, at_pruning)
+
+    def _finished(self, context: ContextState, batch: PackedBatch) -> ContextState:
+        """Contexts through the last layer, where they were encoded to the pruning layer only."""
+        num_done, num_layers = len(context.layers), self.config.num_hidden_layers
+        if num_done == num_layers:
+            return context
+        rest = self.run_contexts(context.hidden, batch, num_layers, first=num_done)
+        return ContextState(rest.hidden, (*context.layers, *rest.layers))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and vocabulary projection of rows [R, D]; call it on the rows that need it only."""
@@ -238,7 +253,7 @@ class Photon(nn.Module):
     def _prune(
         self, x: Tensor, decision: Schedule | None, selection: Selection, mode: Mode, detach: Tensor | None
     ) -> Tensor:
-        if decision is None or mode == "full":
+        if decision is None:
             return x.index_select(0, selection.rows)
         p = decision.p
         if detach is not None:
@@ -303,5 +318,9 @@ def _kept(decision: Schedule | None, mode: Mode, flip: Tensor | None) -> Tensor 
     return torch.where(flip[decision.branch][:, None], inverted, decision.keep)
 
 
-def _joined(shared: KeyValue, own: KeyValue, rows: Tensor) -> KeyValue:
-    return KeyValue(*(torch.cat(pair).index_select(0, rows) for pair in zip(shared, own, strict=True)))
+def _joined(shared: Sequence[KeyValue], own: Sequence[KeyValue], rows: Tensor) -> tuple[KeyValue, ...]:
+    """Keys and values of ``rows`` in the context rows followed by the branch rows, layer by layer."""
+    return tuple(
+        KeyValue(*(torch.cat(pair).index_select(0, rows) for pair in zip(ours, theirs, strict=True)))
+        for ours, theirs in zip(shared, own, strict=True)
+    )
