@@ -9,10 +9,12 @@ the depth, with its own 140 x 280 x 280 volume: 7000 tokens for vanilla, 1000 fo
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import functools
 import gc
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -25,13 +27,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import write_results
+from common import set_kept_share, typical_first, write_results
 
 from photon.config import PhotonConfig, PruningConfig, VisionConfig
 from photon.generate import generate
 from photon.grid import patchify
-from photon.model.network import Photon
-from photon.model.packing import IGNORE_INDEX, Branch, Context, pack_batch
+from photon.model.network import PATCH_EMBEDDING, Photon
+from photon.model.packing import IGNORE_INDEX, Branch, Context, PackedBatch, pack_batch
 from photon.training.stages import Stage
 from photon.training.step import TrainingBatch, compute_loss
 
@@ -73,16 +75,19 @@ def scaled_down(patch_depth: int) -> PhotonConfig:
 class Contender:
     """One way to treat the same scan and questions, with the same weights wherever shapes agree."""
 
-    def __init__(self, name: str, bias: float) -> None:
-        """``bias`` is the last bias of the threshold network, which sets how many tokens stay."""
+    def __init__(self, name: str, keep: float) -> None:
+        """``keep`` is the share of the visual tokens that `photon` keeps, over all questions."""
         self.name = name
         self.keep_all = name != "photon"
         self.stage: Stage = "warm-up" if self.keep_all else "hard"
-        config = scaled_down(2 if name == "vanilla" else 14)
-        self.model = Photon(config).initialise(0).eval()
+        self.model = Photon(scaled_down(14)).initialise(0).eval()
+        if name == "vanilla":
+            weights = self.model.state_dict()
+            del weights[PATCH_EMBEDDING]
+            self.model = Photon(scaled_down(2)).initialise(0).eval()
+            self.model.load_state_dict(weights, strict=False)
         generator = torch.Generator().manual_seed(0)
-        volume = torch.rand(VOLUME, generator=generator)
-        patches, grid = patchify(volume, config.vision)
+        patches, grid = patchify(torch.rand(VOLUME, generator=generator), self.model.config.vision)
         num_tokens = patches.shape[0] // 4
         self.context = Context(torch.tensor([5, START, *[VIDEO] * num_tokens, END]), patches, (grid,))
         words = torch.randint(6, VOCABULARY, (max(QUESTIONS), NUM_QUESTION + NUM_ANSWER), generator=generator)
@@ -90,9 +95,19 @@ class Contender:
         self.answers = list(words[:, NUM_QUESTION:])
         with torch.no_grad():
             self.model.model.embed_tokens.weight[EOS] = 0.0  # never the likeliest: every answer has the same length
-            dict(self.model.named_parameters())[f"model.layers.{config.pruning.layer}.atp.predictor.mlp.2.bias"].fill_(
-                bias
-            )
+        self.kept_shares = [1.0] * len(self.questions)
+        if not self.keep_all:
+            self._prune_to(keep)
+
+    def _prune_to(self, keep: float) -> None:
+        shares = set_kept_share(self.model, self.batch(range(len(self.questions))), keep)
+        order = typical_first(shares, keep)
+        self.questions = [self.questions[number] for number in order]
+        self.kept_shares = [shares[number] for number in order]
+
+    def batch(self, numbers: range) -> PackedBatch:
+        """Questions about the scan, up to where their answers begin."""
+        return pack_batch([self.context], [self.branch(n, has_answer=False) for n in numbers], self.model.config)
 
     def branch(self, number: int, *, has_answer: bool) -> Branch:
         """A question, and in training its answer."""
@@ -104,27 +119,23 @@ class Contender:
 
     def ask(self, numbers: range, num_tokens: int) -> list[tuple[int, ...]]:
         """Answer questions together, from the scan on."""
-        branches = [self.branch(number, has_answer=False) for number in numbers]
-        batch = pack_batch([self.context], branches, self.model.config)
-        said, _ = generate(self.model, batch, keep_all=self.keep_all, max_new_tokens=num_tokens)
+        said, _ = generate(self.model, self.batch(numbers), keep_all=self.keep_all, max_new_tokens=num_tokens)
         return [answer.ids for answer in said]
 
     def encode(self, numbers: range) -> Tensor:
         """Rows that predict the first answer token of questions about one scan, the scan shared all the way."""
-        branches = [self.branch(number, has_answer=False) for number in numbers]
-        batch = pack_batch([self.context], branches, self.model.config)
+        batch = self.batch(numbers)
         with torch.no_grad():
             output = self.model(batch, "full" if self.keep_all else "hard")
             return self.model.logits(output.hidden[output.branch_rows[batch.branch_lengths.cumsum(0) - 1]])
 
-    def train(self) -> float:
+    def train(self) -> None:
         """Forward and backward of one question and answer."""
         batch = pack_batch([self.context], [self.branch(0, has_answer=True)], self.model.config)
         none = torch.zeros(1, dtype=torch.bool)
         result = compute_loss(self.model, TrainingBatch(batch, none, none), self.stage)
         result.loss.backward()
         self.model.zero_grad(set_to_none=True)
-        return result.kept_fraction
 
     def run(self, phase: str) -> None:
         """One of PHASES."""
@@ -132,24 +143,6 @@ class Contender:
             self.train()
         else:
             self.ask(range(1), 1 if phase == "prefill" else NUM_GENERATED + 1)
-
-
-def calibrated_bias(keep: float) -> float:
-    """The bias at which the share ``keep`` of the tokens stays, averaged over the questions."""
-    contender = Contender("photon", 0.0)
-    branches = [contender.branch(number, has_answer=False) for number in range(max(QUESTIONS))]
-    batch = pack_batch([contender.context], branches, contender.model.config)
-    with torch.no_grad():
-        decision = contender.model(batch, "hard").schedule
-    assert decision is not None
-    scale = contender.model.config.pruning.threshold_scale
-    logit = torch.logit(decision.theta / scale)
-    low, high = -8.0, 8.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        theta = scale * torch.sigmoid(logit + middle)
-        low, high = (middle, high) if float((decision.rho > theta[:, None]).float().mean()) > keep else (low, middle)
-    return low
 
 
 def flops_of(function: Callable[[], object]) -> int:
@@ -186,16 +179,17 @@ def best_of_each(functions: Mapping[str, Callable[[], object]], repeats: int) ->
     return times
 
 
-def peak_megabytes(name: str, phase: str, bias: float) -> float:
+def peak_megabytes(name: str, phase: str, keep: float) -> float:
     """Memory that a phase needs on top of model and scan, measured in a process of its own."""
-    command = [sys.executable, __file__, "--one", name, phase, str(bias)]
+    command = [sys.executable, __file__, "--one", name, phase, str(keep)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def measure_peak(name: str, phase: str, bias: float) -> float:
+def measure_peak(name: str, phase: str, keep: float) -> float:
     """Growth of this process's peak memory in MB."""
-    contender = Contender(name, bias)
+    contender = Contender(name, keep)
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # memory kept for reuse would hide what the phase asks for (glibc)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
     before = _resident_kb("VmHWM")
     contender.run(phase)
@@ -246,12 +240,12 @@ def questions_on_one_scan(contender: Contender, repeats: int) -> list[dict[str, 
     return rows
 
 
-def compare(contenders: Mapping[str, Contender], phase: str, bias: float, repeats: int) -> dict[str, Any]:
+def compare(contenders: Mapping[str, Contender], phase: str, keep: float, repeats: int) -> dict[str, Any]:
     """Time, arithmetic and peak memory of a phase, as ratios between contenders."""
     runs = {name: functools.partial(contender.run, phase) for name, contender in contenders.items()}
     flops = {name: flops_of(run) for name, run in runs.items()}
     seconds = best_of_each(runs, repeats)
-    memory = {name: peak_megabytes(name, phase, bias) for name in runs}
+    memory = {name: peak_megabytes(name, phase, keep) for name in runs}
     ratios = {
         f"{a}_over_{b}": {"time": seconds[a] / seconds[b], "flops": flops[a] / flops[b], "peak": memory[a] / memory[b]}
         for a, b in (("vanilla", "all_tokens"), ("all_tokens", "photon"), ("vanilla", "photon"))
@@ -265,15 +259,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=float, default=0.39, help="share of the visual tokens that stay (paper: 0.39)")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each; the shortest counts")
-    parser.add_argument("--one", nargs=3, metavar=("NAME", "PHASE", "BIAS"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=3, metavar=("NAME", "PHASE", "KEEP"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         print(measure_peak(arguments.one[0], arguments.one[1], float(arguments.one[2])))
         return
-    bias = calibrated_bias(arguments.keep)
-    contenders = {name: Contender(name, bias) for name in CONTENDERS}
-    phases = {phase: compare(contenders, phase, bias, arguments.repeats) for phase in PHASES}
-    kept = contenders["photon"].train()
+    contenders = {name: Contender(name, arguments.keep) for name in CONTENDERS}
+    phases = {phase: compare(contenders, phase, arguments.keep, arguments.repeats) for phase in PHASES}
     sharing = {n: questions_on_one_scan(contenders[n], arguments.repeats) for n in ("all_tokens", "photon")}
     pruned = phases["training"]["all_tokens_over_photon"]
     write_results(
@@ -281,7 +273,8 @@ def main() -> None:
         {
             "configuration": dataclasses.asdict(contenders["photon"].model.config),
             "visual_tokens": {name: int((c.context.input_ids == VIDEO).sum()) for name, c in contenders.items()},
-            "kept_fraction": kept,
+            "kept_share": statistics.mean(contenders["photon"].kept_shares),
+            "kept_share_of_one_question": contenders["photon"].kept_shares[0],
             "ratios": phases,
             "questions_on_one_scan": sharing,
             "training_speedup_over_arithmetic": pruned["time"] / pruned["flops"],

@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
+from photon.model.network import Photon
+from photon.model.packing import PackedBatch
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -109,3 +113,35 @@ def write_results(name: str, content: dict[str, Any]) -> Path:
     target = save_results(name, content)
     print(f"{target}\n{json.dumps(content, indent=1)}")
     return target
+
+
+@torch.no_grad()
+def set_kept_share(model: Photon, batch: PackedBatch, share: float) -> list[float]:
+    """Move the last bias of the threshold network to where ``share`` of the visual tokens of a batch stay.
+
+    Returns:
+        The share that each question of the batch keeps then; they differ, and ``share`` is their mean.
+    """
+    decision = model(batch, "hard").schedule
+    assert decision is not None
+    scale = model.config.pruning.threshold_scale
+    logit = torch.logit(decision.theta.double() / scale)
+    rho = decision.rho.double()
+    low, high = -12.0, 12.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        kept = (rho > scale * torch.sigmoid(logit + middle)[:, None])[decision.valid].float().mean()
+        low, high = (middle, high) if float(kept) > share else (low, middle)
+    last = model.model.predictor.mlp[2]
+    assert isinstance(last, nn.Linear)
+    last.bias += low
+    decision = model(batch, "hard").schedule
+    assert decision is not None
+    rows = zip(decision.keep, decision.valid, strict=True)
+    return [float(keep[valid].float().mean()) for keep, valid in rows]
+
+
+def typical_first(shares: list[float], share: float) -> list[int]:
+    """Numbers of the questions, those first that keep a share close to ``share``: what one question costs is measured
+    with the first."""
+    return sorted(range(len(shares)), key=lambda number: abs(shares[number] - share))

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
-from common import RESULTS, measure, save_results  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from common import RESULTS, measure, save_results, set_kept_share, typical_first  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from photon.config import PhotonConfig, qwen2_5_vl_3b  # noqa: E402
 from photon.device import choose_device  # noqa: E402
@@ -85,13 +86,16 @@ def size_of(name: str) -> Size:
 def random_model(config: PhotonConfig, device: torch.device) -> Photon:
     """A model in bfloat16 filled where it lies: matrices of variance 1 / inputs, norms one, biases zero.
 
+    Every parameter has a seed of its own, from its name: contenders have the same weights wherever shapes agree.
+
     The end of turn gets a zero embedding. It is then never the likeliest token, and every answer has its full length.
     """
     with torch.device("meta"):
         model = Photon(config).to(torch.bfloat16)
     model = model.to_empty(device=device)
-    generator = torch.Generator(device=device).manual_seed(0)
+    generator = torch.Generator(device=device)
     for name, parameter in model.named_parameters():
+        generator.manual_seed(zlib.crc32(name.encode()))
         if name.endswith("embed_tokens.weight"):
             parameter.normal_(0.0, config.initializer_range, generator=generator)
             parameter[config.eos_token_id] = 0.0
@@ -129,10 +133,11 @@ class Contender:
 
     @functools.cached_property
     def model(self) -> Photon:
-        """The model, with the threshold set so that the share KEEP stays."""
+        """The model, with the threshold set so that the share KEEP stays; typical questions come first."""
         model = random_model(self.config, self.device)
         if not self.keep_all:
-            set_kept_share(model, self.batch(range(len(self.questions))), KEEP)
+            shares = set_kept_share(model, self.batch(range(len(self.questions))), KEEP)
+            self.questions = [self.questions[number] for number in typical_first(shares, KEEP)]
         return model
 
     def batch(self, numbers: range) -> PackedBatch:
@@ -166,16 +171,17 @@ class Contender:
             "dtype": str(parameters[0].dtype),
             "visual_tokens": self.num_tokens,
             "text_tokens": NUM_PREFIX + 2 + self.questions[0].numel(),
-            "kept_share": self.kept_share(),
+            "kept_share": self.kept_share(len(self.questions)),
+            "kept_share_of_one_question": self.kept_share(1),
             "pack_and_move": measure(lambda: self.batch(range(1)), self.repeats, self.device),
         }
 
     @torch.no_grad()
-    def kept_share(self) -> float:
-        """Visual tokens that stay, over all questions."""
+    def kept_share(self, num_questions: int) -> float:
+        """Visual tokens that stay, over the first questions."""
         if self.keep_all:
             return 1.0
-        decision = self.model(self.batch(range(len(self.questions))), "hard").schedule
+        decision = self.model(self.batch(range(num_questions)), "hard").schedule
         assert decision is not None
         return float(decision.keep[decision.valid].float().mean())
 
@@ -250,23 +256,6 @@ class Contender:
         ratio = times["shared"]["median_ms"] / times["separate"]["median_ms"]
         same = float((shared.argmax(-1) == separate.argmax(-1)).float().mean())
         return {**times, "shared_over_separate": ratio, "relative_difference": difference, "same_first_token": same}
-
-
-@torch.no_grad()
-def set_kept_share(model: Photon, batch: PackedBatch, share: float) -> None:
-    """Move the last bias of the threshold network to where ``share`` of the visual tokens of a batch stay."""
-    decision = model(batch, "hard").schedule
-    scale = model.config.pruning.threshold_scale
-    logit = torch.logit(decision.theta.double() / scale)
-    rho = decision.rho.double()
-    low, high = -12.0, 12.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        kept = (rho > scale * torch.sigmoid(logit + middle)[:, None])[decision.valid].float().mean()
-        low, high = (middle, high) if float(kept) > share else (low, middle)
-    last = model.model.predictor.mlp[2]
-    assert isinstance(last, nn.Linear)
-    last.bias += low
 
 
 def require_finite(name: str, values: Tensor) -> None:

@@ -181,7 +181,8 @@ def _read(model: Photon, batch: PackedBatch, state: ContextState, *, keep_all: b
         # The last token needs no column of its own.
         cache=build_cache(output.layers, output.layer_lengths, room=max(room - 1, 0)),
         positions=batch.branch_positions[0, batch.branch_lengths.cumsum(0) - 1],
-        output=dataclasses.replace(output, layers=None),  # the cache has them
+        # The cache has the layers, and a scan that was run through all of them need not be held twice.
+        output=dataclasses.replace(output, layers=None, context=state),
     )
 
 

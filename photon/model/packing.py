@@ -110,8 +110,7 @@ def pack_batch(contexts: Sequence[Context], branches: Sequence[Branch], config: 
     Raises:
         PhotonError: ``PROMPT_INVALID`` when placeholders and volumes do not match or a branch is empty.
     """
-    if any(branch.input_ids.numel() == 0 for branch in branches):
-        raise PhotonError("PROMPT_INVALID", "prompt", "a branch has no tokens.", "Give every question a prompt.")
+    _check_prompts(contexts, branches, config)
     positions, nexts = zip(*(context_positions(context, config) for context in contexts), strict=True)
     is_visual = torch.cat([context.input_ids == config.video_token_id for context in contexts])
     lengths = torch.tensor([context.input_ids.numel() for context in contexts])
@@ -139,6 +138,23 @@ def pack_batch(contexts: Sequence[Context], branches: Sequence[Branch], config: 
         question=torch.cat([none.bool(), *(question_mask(b.input_ids, config.eos_token_id) for b in branches)]),
         labels=torch.cat([none, *(_labels_of(branch) for branch in branches)]),
     )
+
+
+def _check_prompts(contexts: Sequence[Context], branches: Sequence[Branch], config: PhotonConfig) -> None:
+    def refuse(fact: str, remedy: str) -> None:
+        raise PhotonError("PROMPT_INVALID", "prompt", fact, remedy)
+
+    if not contexts:
+        refuse("there is no context.", "Give one, without tokens for a prompt of text alone.")
+    for number, branch in enumerate(branches):
+        if branch.input_ids.numel() == 0:
+            refuse(f"branch {number} has no tokens.", "Give every question a prompt.")
+        if not 0 <= branch.context < len(contexts):
+            refuse(f"branch {number} is about context {branch.context} of {len(contexts)}.", "Count from 0.")
+    for ids in [*(context.input_ids for context in contexts), *(branch.input_ids for branch in branches)]:
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
+            fact = f"token ids go from {int(ids.min())} to {int(ids.max())} in a vocabulary of {config.vocab_size}."
+            refuse(fact, "Use the tokenizer that belongs to the model.")
 
 
 def question_mask(branch_ids: Tensor, eos_token_id: int) -> Tensor:

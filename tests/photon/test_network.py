@@ -262,9 +262,24 @@ def test_placeholders_that_do_not_match_are_refused(change: int) -> None:
 
 def test_an_empty_branch_is_refused() -> None:
     context = random_context(CONFIG, [(1, 2, 4)], seed=0)
-    with pytest.raises(PhotonError, match="no tokens") as caught:
+    with pytest.raises(PhotonError, match="branch 0 has no tokens") as caught:
         pack_batch([context], [Branch(0, torch.zeros(0, dtype=torch.long))], CONFIG)
     assert caught.value.code == "PROMPT_INVALID"
+
+
+@pytest.mark.parametrize(
+    ("context", "token", "fact"),
+    [(1, 0, "context 1 of 1"), (-1, 0, "context -1"), (0, 40, "to 40"), (0, -1, "from -1")],
+)
+def test_a_branch_that_fits_nothing_is_refused(context: int, token: int, fact: str) -> None:
+    with pytest.raises(PhotonError, match=fact) as caught:
+        pack_batch([random_context(CONFIG, [], seed=0)], [Branch(context, torch.tensor([token]))], CONFIG)
+    assert caught.value.code == "PROMPT_INVALID"
+
+
+def test_a_batch_without_contexts_is_refused() -> None:
+    with pytest.raises(PhotonError, match="no context"):
+        pack_batch([], [Branch(0, torch.tensor([1]))], CONFIG)
 
 
 def test_a_question_of_no_tokens_leaves_the_scores_at_zero() -> None:
