@@ -6,6 +6,7 @@ tests/golden/README.md describes the layout. This module takes a cases file apar
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -93,7 +94,8 @@ def read_cases(path: Path) -> GoldenCases:
     """Read a cases file.
 
     Raises:
-        PhotonError: ``CASES_INVALID`` when it is missing, damaged, of another layout or lacks inputs.
+        PhotonError: ``CASES_INVALID`` when it is missing, damaged, of another layout, or when a sample or an operator
+            lacks inputs or has nothing to compare.
     """
     if not path.is_file():
         raise invalid_cases(path, "the file does not exist.")
@@ -124,6 +126,12 @@ def read_cases(path: Path) -> GoldenCases:
     ):
         if missing := [name for name in needed if name not in given]:
             raise invalid_cases(path, f"the {label} has no {', '.join(missing)}.")
+    for sample in cases.samples:
+        if not sample.outputs:
+            raise invalid_cases(path, f"the sample {sample.name} has no output of a mode ({', '.join(MODES)}).")
+    for name, given in cases.operators.items():
+        if not given.keys() - set(OPERATOR_INPUTS):
+            raise invalid_cases(path, f"the operator {name} has no output.")
     return cases
 
 
@@ -147,14 +155,14 @@ def seconds_per_grid(sample: GoldenSample, default: float, path: Path) -> float:
     """What a sample says about the seconds between its depth slabs, else ``default``.
 
     Raises:
-        PhotonError: ``CASES_INVALID`` when its volumes do not share one number.
+        PhotonError: ``CASES_INVALID`` when its volumes do not share one number, or it is negative or not finite.
     """
     own = sample.inputs.get(SECONDS_PER_GRID)
     if own is None:
         return default
     values = {float(value) for value in own.flatten()}
-    if len(values) != 1:
-        raise invalid_cases(path, f"{SECONDS_PER_GRID} of the sample {sample.name} is not one number.")
+    if len(values) != 1 or not all(math.isfinite(value) and value >= 0 for value in values):
+        raise invalid_cases(path, f"{SECONDS_PER_GRID} of the sample {sample.name} is not one number from 0.")
     return values.pop()
 
 
@@ -166,7 +174,11 @@ def batch_of(sample: GoldenSample, config: PhotonConfig, path: Path) -> PackedBa
             ``PROMPT_INVALID``.
     """
     ids, labels = (sample.inputs[name].flatten().long() for name in ("input_ids", "labels"))
-    grids = tuple((int(gz), int(gy), int(gx)) for gz, gy, gx in sample.inputs["grid_thw"].reshape(-1, 3))
+    sizes = sample.inputs["grid_thw"]
+    if sizes.ndim != 2 or sizes.shape[1] != 3 or sizes.is_floating_point() or bool((sizes < 1).any()):
+        fact = f"grid_thw of the sample {sample.name} is no [volumes, 3] of positive whole numbers."
+        raise invalid_cases(path, fact)
+    grids = tuple((int(gz), int(gy), int(gx)) for gz, gy, gx in sizes)
     patches = sample.inputs["pixel_values"].float()
     if ids.numel() == 0 or ids.shape != labels.shape or not bool(((ids >= 0) & (ids < config.vocab_size)).all()):
         raise invalid_cases(path, f"the token ids of the sample {sample.name} fit neither vocabulary nor labels.")

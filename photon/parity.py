@@ -66,11 +66,12 @@ def check_parity(folder: Path, cases: Path, *, seconds_per_grid: float = 1.0) ->
             ``second_per_grid_ts``.
 
     Returns:
-        A row for every golden tensor that is no input, and one for the kept set of every mode.
+        A row for every golden tensor that is no input or that is a mask, and one for the kept set of every mode that
+        has a ``delta``: its signs are the kept set, and without it there is none to compare.
 
     Raises:
-        PhotonError: ``CASES_INVALID`` when the cases are missing, damaged, of another layout or for another model;
-            whatever reading the checkpoint raises.
+        PhotonError: ``CASES_INVALID`` when the cases are missing, damaged, of another layout or for another model, or
+            when a sample has nothing to compare; whatever reading the checkpoint raises.
     """
     content = golden.read_cases(cases)
     model = read_model(folder).float().requires_grad_(True)

@@ -390,13 +390,15 @@ def test_seconds_per_grid_may_stand_in_the_file(folders: dict[str, Path], tmp_pa
 
 def test_samples_may_have_some_modes_and_modes_some_quantities(folders: dict[str, Path], tmp_path: Path) -> None:
     path = folders["six heads, untied"]
-    keep = ("patient.0.soft.u", "patient.1.hard.grad.lm_head", "patient.1.eval.loss")
+    keep = ("patient.0.soft.u", "patient.1.hard.grad.lm_head", "patient.1.eval.loss", "patient.2.eval.delta")
     rows = check_parity(path, changed(path, tmp_path, without(*keep)))
     assert not failed(rows)
     assert {(row.sample, row.mode, row.quantity) for row in rows if row.mode} == {
         ("patient.0", "soft", "u"),
         ("patient.1", "hard", "grad.lm_head.weight"),
         ("patient.1", "eval", "loss"),
+        ("patient.2", "eval", "delta"),
+        ("patient.2", "eval", KEPT_SET),  # the others have no delta, which alone tells a kept set
     }
 
 
@@ -489,7 +491,12 @@ def wrong_files(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         "operator sgp has no p": {n: t for n, t in tensors.items() if n != "sgp.p"},
         "operator sgp do not fit": tensors | {"sgp.p": tensors["sgp.p"][:, 1:]},
         "grad_out": tensors | {"sgp.grad_out": tensors["sgp.grad_out"][:, 1:]},
-        "is not one number": tensors | {"s0.second_per_grid_ts": torch.tensor([1.0, 2.0])},
+        "second_per_grid_ts of the sample s0 is not one number": tensors
+        | {"s0.second_per_grid_ts": torch.tensor([1.0, 2.0])},
+        "sample s1 has no output": {n: t for n, t in tensors.items() if not n.startswith("s1.") or n.count(".") == 1},
+        "operator sgp has no output": {
+            n: t for n, t in tensors.items() if n not in ("sgp.y", "sgp.grad_x", "sgp.grad_p")
+        },
     }
 
 
@@ -500,6 +507,24 @@ def test_cases_that_cannot_be_run_are_refused(tmp_path: Path, fact: str) -> None
     with pytest.raises(PhotonError, match=fact) as caught:
         check_parity(GOLDEN, tmp_path / CASES)
     assert caught.value.code == "CASES_INVALID" and str(tmp_path / CASES) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("grid_thw", torch.tensor(grid)) for grid in (1, [2, 6, 4], [[2, 6]], [[2, 6, 4, 1]], [[[2, 6, 4]]])),
+        *(
+            ("grid_thw", torch.tensor(grid))
+            for grid in ([[2, 6, -4]], [[0, 6, 4]], [[2.0, 6.0, 4.0]], [[math.nan] * 3])
+        ),
+        *(("second_per_grid_ts", torch.tensor(seconds)) for seconds in ([math.nan], [math.inf], -math.inf, [-1.0], [])),
+    ],
+)
+def test_malformed_sizes_and_seconds_are_refused(tmp_path: Path, name: str, value: Tensor) -> None:
+    cases = changed(GOLDEN, tmp_path, lambda tensors: tensors.update({f"s0.{name}": value}))
+    with pytest.raises(PhotonError, match=f"{name} of the sample s0 is no") as caught:
+        check_parity(GOLDEN, cases)
+    assert caught.value.code == "CASES_INVALID"
 
 
 @pytest.mark.parametrize("content", [None, b"", b"half a file"])
