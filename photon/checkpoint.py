@@ -23,8 +23,6 @@ from photon.weights import (
     INDEX,
     WEIGHTS,
     Inventory,
-    Problems,
-    differences,
     index_of,
     open_tensors,
     plan_shards,
@@ -177,21 +175,6 @@ def restore_weights(model: Photon, folder: Path) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(inventory.tensors[name].read())
-
-
-def load_weights(model: Photon, tensors: Mapping[str, Tensor], source: object) -> None:
-    """Copy named tensors into a model.
-
-    Raises:
-        PhotonError: ``CHECKPOINT_MISMATCH`` listing missing, extra and misshapen tensors.
-    """
-    problems = Problems()
-    held = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    problems.add("CHECKPOINT_MISMATCH", *differences(_shapes(model), held))
-    problems.refuse(source)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[name])
 
 
 def _read_config_content(folder: Path) -> Any:

@@ -26,7 +26,7 @@ INDEX = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 _FLOATING = ("F64", "F32", "F16", "BF16")
-_NUM_SHOWN = 12
+_NUM_SHOWN_PER_KIND = 50
 _VERDICTS = {
     "CHECKPOINT_MISSING": ("the checkpoint is not whole", "Copy the whole folder."),
     "CHECKPOINT_CORRUPT": ("its files contradict each other or are damaged", "Copy the folder again from its source."),
@@ -92,22 +92,28 @@ class StoredTensor:
 
 
 class Problems:
-    """What is wrong with a checkpoint, collected so that one error tells all of it."""
+    """What is wrong with a checkpoint, collected so that one error tells all of it.
+
+    However many facts there are of one kind (missing, extra, ...), those of the others are told too.
+    """
 
     def __init__(self) -> None:
-        self.facts: dict[str, list[str]] = {code: [] for code in _VERDICTS}
+        self.facts: dict[str, dict[str, list[str]]] = {code: {} for code in _VERDICTS}
 
-    def add(self, code: str, *facts: str) -> None:
-        """Note facts under an error code."""
-        self.facts[code] += facts
+    def add(self, code: str, kind: str, *facts: str) -> None:
+        """Note facts of one kind under an error code."""
+        self.facts[code].setdefault(kind, []).extend(facts)
 
     def refuse(self, source: object) -> None:
         """Raise one error for all that was noted, with the gravest code; nothing noted, nothing raised."""
+        shown: list[str] = []
+        for kind, facts in ((kind, facts) for kinds in self.facts.values() for kind, facts in kinds.items()):
+            shown += facts[:_NUM_SHOWN_PER_KIND]
+            if (num_more := len(facts) - _NUM_SHOWN_PER_KIND) > 0:
+                shown.append(f"and {num_more} more {kind}")
         for code, (verdict, remedy) in _VERDICTS.items():
-            if self.facts[code]:
-                facts = [fact for noted in self.facts.values() for fact in noted]
-                more = f"; and {len(facts) - _NUM_SHOWN} more" if len(facts) > _NUM_SHOWN else ""
-                raise PhotonError(code, source, f"{verdict} ({'; '.join(facts[:_NUM_SHOWN])}{more}).", remedy)
+            if any(self.facts[code].values()):
+                raise PhotonError(code, source, f"{verdict} ({'; '.join(shown)}).", remedy)
 
 
 class Inventory:
@@ -148,33 +154,41 @@ class Inventory:
             optional: names that may be there without being a parameter. An output projection among them has to repeat
                 the token embedding.
         """
+        mismatch, lenient = "CHECKPOINT_MISMATCH", {*optional, *self.lost}
         held = {name: tensor.shape for name, tensor in self.tensors.items()}
-        facts = differences(shapes, held, lenient={*optional, *self.lost})
-        facts += [
-            f"{name} is of type {tensor.dtype}, no floating-point numbers"
-            for name, tensor in sorted(self.tensors.items())
-            if name in shapes and tensor.dtype not in _FLOATING
-        ]
+        missing, extra = (sorted(names - lenient) for names in (shapes.keys() - held, held.keys() - shapes))
+        self.problems.add(mismatch, "missing", *(f"missing {name}" for name in missing))
+        self.problems.add(mismatch, "extra", *(f"extra {name}" for name in extra))
+        for name in sorted(held.keys() & shapes):
+            shape, dtype = held[name], self.tensors[name].dtype
+            if shape != tuple(shapes[name]):
+                self.problems.add(mismatch, "misshapen", f"{name} is {shape}, not {tuple(shapes[name])}")
+            if dtype not in _FLOATING:
+                self.problems.add(mismatch, "mistyped", f"{name} is of type {dtype}, no floating-point numbers")
         head, embedding = self.tensors.get(HEAD), self.tensors.get(EMBEDDING)
         if HEAD in optional and head and embedding and not head.equals(embedding):
-            facts.append(f"{HEAD} differs from {EMBEDDING}, to which the configuration ties it")
-        self.problems.add("CHECKPOINT_MISMATCH", *facts)
+            fact = f"{HEAD} differs from {EMBEDDING}, to which the configuration ties it"
+            self.problems.add(mismatch, "untied", fact)
 
     def _add_shard(self, file: str, promised: set[str]) -> None:
         self.lost.update(map(public_name, promised))
         # Only a plain name is followed: a path could lead anywhere.
         if Path(file).name != file:
-            self.problems.add("CHECKPOINT_CORRUPT", f"the index names {file!r}, which is no file of this folder")
+            self.problems.add(
+                "CHECKPOINT_CORRUPT", "misplaced", f"the index names {file!r}, which is no file of this folder"
+            )
             return
         try:
             held = _read_header(self.folder / file)
         except PhotonError as error:
-            self.problems.add(error.code, f"{file}: {error.fact.rstrip('.')}")
+            self.problems.add(error.code, "damaged", f"{file}: {error.fact.rstrip('.')}")
             return
         for name in sorted(promised - held.keys()):
-            self.problems.add("CHECKPOINT_CORRUPT", f"{file} lacks {name}, which the index promises")
+            self.problems.add("CHECKPOINT_CORRUPT", "lacking", f"{file} lacks {name}, which the index promises")
         for name in sorted(held.keys() - promised):
-            self.problems.add("CHECKPOINT_CORRUPT", f"{file} holds {name}, which the index does not place there")
+            self.problems.add(
+                "CHECKPOINT_CORRUPT", "unplaced", f"{file} holds {name}, which the index does not place there"
+            )
         for name in sorted(held.keys() & promised):
             self._add_tensor(held[name])
 
@@ -183,20 +197,7 @@ class Inventory:
         self.lost.discard(name)
         first = self.tensors.setdefault(name, tensor)
         if first is not tensor:
-            self.problems.add("CHECKPOINT_MISMATCH", f"{first.name} and {tensor.name} are both {name}")
-
-
-def differences(
-    expected: Mapping[str, tuple[int, ...]], held: Mapping[str, tuple[int, ...]], *, lenient: Collection[str] = ()
-) -> list[str]:
-    """Tensors that are missing, extra or misshapen, in words; names of ``lenient`` are never missing or extra."""
-    facts = [f"missing {name}" for name in sorted(expected.keys() - held.keys() - set(lenient))]
-    facts += [f"extra {name}" for name in sorted(held.keys() - expected.keys() - set(lenient))]
-    return facts + [
-        f"{name} is {tuple(held[name])}, not {tuple(shape)}"
-        for name, shape in sorted(expected.items())
-        if name in held and tuple(held[name]) != tuple(shape)
-    ]
+            self.problems.add("CHECKPOINT_MISMATCH", "twice", f"{first.name} and {tensor.name} are both {name}")
 
 
 def plan_shards(sizes: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:

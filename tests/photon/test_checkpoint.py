@@ -12,10 +12,11 @@ from photon.checkpoint import (
     CONFIG,
     WEIGHTS,
     load_tensors,
-    load_weights,
     read_config,
     read_model,
+    read_pretrained,
     replace_folder,
+    restore_weights,
     save_tensors,
     settle_folder,
     write_model,
@@ -74,12 +75,18 @@ def test_weights_of_another_configuration_are_named(folder: Path) -> None:
         assert part in caught.value.fact
 
 
-def test_a_long_list_of_problems_is_cut_and_changes_no_weight() -> None:
+def test_a_long_list_of_problems_tells_every_kind_and_changes_no_weight(folder: Path) -> None:
+    """61 extra, many missing and one misshapen: the long lists are cut, and neither hides the other kinds."""
     model = micro_model()
     before = [parameter.clone() for parameter in model.parameters()]
-    with pytest.raises(PhotonError, match=r"and \d+ more") as caught:
-        load_weights(model, {"model.norm.weight": torch.zeros(32)}, "somewhere")
-    assert caught.value.fact.count("missing") == 12
+    strangers = {f"stranger.{number:02d}": torch.zeros(1) for number in range(61)}
+    save_tensors({"model.norm.weight": torch.zeros(3), **strangers}, folder / WEIGHTS)
+    with pytest.raises(PhotonError) as caught:
+        restore_weights(model, folder)
+    fact, num_missing = caught.value.fact, len(before) - 1
+    assert num_missing > 50 and fact.count("missing ") == 50 and f"and {num_missing - 50} more missing" in fact
+    assert fact.count("extra stranger.") == 50 and "and 11 more extra" in fact
+    assert "model.norm.weight is (3,), not (32,)" in fact and "more misshapen" not in fact
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -104,19 +111,20 @@ def test_missing_files_are_refused(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '"text"', "\x00"])
 def test_a_configuration_that_is_none_is_refused(folder: Path, content: str) -> None:
     (folder / CONFIG).write_text(content)
-    with pytest.raises(PhotonError) as caught:
-        read_config(folder)
-    assert caught.value.code == "CONFIG_INVALID"
+    for read in (read_config, read_model, lambda place: read_pretrained(place, seed=0)):
+        with pytest.raises(PhotonError) as caught:
+            read(folder)
+        assert caught.value.code == "CONFIG_INVALID"
 
 
 @pytest.mark.parametrize(
     ("key", "value", "fact"),
     [
         ("hidden_size", 33, "33 is not a multiple of 4 heads"),
-        ("num_attention_heads", 0, "0 heads"),
+        ("num_attention_heads", 0, "num_attention_heads is 0"),
         ("num_key_value_heads", 3, "do not share 3"),
         ("hidden_size", 64, "does not sum to half the head width 16"),
-        ("hidden_size", "wide", "malformed"),
+        ("hidden_size", "wide", "hidden_size is 'wide'"),
         ("vocab_size", None, "missing"),
         ("num_hidden_layers", 1, "pruning layer 1 is not one of 1 layers"),
         ("photon", {"layer": 1, "sgp_rule": "guess"}, "'guess' is not one of"),

@@ -393,7 +393,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from photon.checkpoint import WEIGHTS, load_tensors, load_weights, read_config, read_model
+from photon.checkpoint import WEIGHTS, load_tensors, read_config, read_model
 from photon.model.network import Photon
 
 def peak():
@@ -408,7 +408,7 @@ if sys.argv[2] == "read_model":
     model = read_model(folder)
 else:
     model = Photon(read_config(folder))
-    load_weights(model, load_tensors(folder / WEIGHTS), folder)
+    model.load_state_dict(load_tensors(folder / WEIGHTS))
 weights = sum(p.numel() * p.element_size() for p in model.parameters())
 print((peak() - before) / weights, weights)
 """
