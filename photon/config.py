@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any
 
 from photon.errors import PhotonError
@@ -16,6 +18,51 @@ from photon.errors import PhotonError
 SGP_RULES = ("paper", "taylor")
 _QWEN_IMAGE_CHANNELS = 3
 _PHOTON_PATCH = {"in_chans": 1, "temporal_patch_size": 14}
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "a positive whole number": (
+        lambda value: _is_whole(value) and value > 0,
+        "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size "
+        "vision.depth vision.hidden_size vision.intermediate_size vision.num_heads vision.out_hidden_size "
+        "vision.patch_size vision.temporal_patch_size vision.spatial_merge_size vision.window_size vision.in_channels "
+        "pruning.min_tokens",
+    ),
+    "a whole number from 0": (
+        lambda value: _is_whole(value) and value >= 0,
+        "vision_start_token_id vision_end_token_id video_token_id eos_token_id pruning.layer",
+    ),
+    "a positive number": (
+        lambda value: _is_number(value) and value > 0,
+        "rms_norm_eps rope_theta vision.intensity_std pruning.threshold_scale pruning.temperature",
+    ),
+    "a number from 0": (
+        lambda value: _is_number(value) and value >= 0,
+        "initializer_range vision.tokens_per_second pruning.seconds_per_grid",
+    ),
+    "a finite number": (_is_number, "vision.intensity_mean pruning.threshold_bias_init"),
+    "None or a voxel value from 0 to below 1": (
+        lambda value: value is None or (_is_number(value) and 0 <= value < 1),
+        "vision.empty_below",
+    ),
+    "two numbers with 0 <= low <= high <= 1": (
+        lambda value: len(value) == 2 and all(map(_is_number, value)) and 0 <= value[0] <= value[1] <= 1,
+        "pruning.keep_band",
+    ),
+    "three whole numbers from 0": (
+        lambda value: len(value) == 3 and all(_is_whole(part) and part >= 0 for part in value),
+        "mrope_section",
+    ),
+}
+"""What each setting has to be, by itself: the test, and the settings that it is for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,8 +153,10 @@ class PhotonConfig:
         def refuse(fact: str) -> None:
             raise PhotonError("CONFIG_INVALID", "config.json", fact, "Use a configuration that fits together.")
 
-        if min(self.num_attention_heads, self.num_key_value_heads) < 1:
-            refuse(f"it has {self.num_attention_heads} heads and {self.num_key_value_heads} key/value heads.")
+        for wanted, (is_fine, names) in _RANGES.items():
+            for name in names.split():
+                if not is_fine(value := attrgetter(name)(self)):
+                    refuse(f"{name} is {value!r}, not {wanted}.")
         if self.hidden_size % self.num_attention_heads:
             refuse(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads.")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -116,14 +165,10 @@ class PhotonConfig:
             refuse(f"mrope_section {self.mrope_section} does not sum to half the head width {self.head_dim}.")
         if self.vision.out_hidden_size != self.hidden_size:
             refuse(f"the vision tower gives {self.vision.out_hidden_size} numbers a token, not {self.hidden_size}.")
-        if self.vision.empty_below is not None and not 0 <= self.vision.empty_below < 1:
-            refuse(f"empty_below {self.vision.empty_below} is not a voxel value from 0 to below 1.")
-        if not 0 <= self.pruning.layer < self.num_hidden_layers:
+        if self.pruning.layer >= self.num_hidden_layers:
             refuse(f"pruning layer {self.pruning.layer} is not one of {self.num_hidden_layers} layers.")
         if self.pruning.sgp_rule not in SGP_RULES:
             refuse(f"sgp_rule {self.pruning.sgp_rule!r} is not one of {SGP_RULES}.")
-        if self.pruning.min_tokens < 1:
-            refuse(f"min_tokens is {self.pruning.min_tokens}; at least one visual token must stay.")
 
     @property
     def head_dim(self) -> int:
@@ -180,7 +225,8 @@ class PhotonConfig:
         flat = {**content, **decoder}
         vision = flat["vision_config"]
         photon = dict(flat.get("photon", {}))
-        photon.setdefault("layer", max(flat["num_hidden_layers"] // 4 - 1, 0))
+        if "layer" not in photon:
+            photon["layer"] = max(flat["num_hidden_layers"] // 4 - 1, 0)
         if "keep_band" in photon:
             photon["keep_band"] = tuple(photon["keep_band"])
         rope = flat.get("rope_scaling") or flat["rope_parameters"]

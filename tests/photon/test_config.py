@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -145,6 +146,58 @@ def test_other_networks_are_refused(changes: dict[str, Any], fact: str) -> None:
         with pytest.raises(PhotonError) as caught:
             read(micro_config().to_hf() | changes)
         assert caught.value.code == "CONFIG_INVALID" and fact in caught.value.fact
+
+
+NO_SIZES: tuple[object, ...] = (0, -1, 2.0, "8", None, True)
+NO_NUMBERS: tuple[object, ...] = (math.nan, math.inf, -math.inf, "1", None, True)
+
+
+@pytest.mark.parametrize(
+    ("part", "names", "values"),
+    [
+        ("", "vocab_size hidden_size intermediate_size num_hidden_layers num_key_value_heads", NO_SIZES),
+        ("", "vision_start_token_id vision_end_token_id video_token_id eos_token_id", (-1, 1.5, None, False)),
+        ("", "rms_norm_eps rope_theta", (0, -1e-6, *NO_NUMBERS)),
+        ("", "initializer_range", (-0.1, *NO_NUMBERS)),
+        ("", "mrope_section", ((2, 2), (5, 1, -2), (1.0, 1, 2), ("1", 1, 2))),
+        ("vision", "patch_size temporal_patch_size spatial_merge_size depth window_size num_heads", NO_SIZES),
+        ("vision", "in_channels", NO_SIZES),
+        ("vision", "intensity_std", (0, -1.0, *NO_NUMBERS)),
+        ("vision", "intensity_mean", NO_NUMBERS),
+        ("vision", "tokens_per_second", (-1, *NO_NUMBERS)),
+        ("vision", "empty_below", (-0.1, 1, math.nan, "0", False)),
+        ("pruning", "layer", (-1, 1.0, True, 5)),
+        ("pruning", "min_tokens", NO_SIZES),
+        ("pruning", "temperature threshold_scale", (0, -0.2, *NO_NUMBERS)),
+        ("pruning", "seconds_per_grid", (-1.0, *NO_NUMBERS)),
+        ("pruning", "threshold_bias_init", NO_NUMBERS),
+        ("pruning", "keep_band", ((), (0.3,), (0.1, 0.2, 0.3), (0.8, 0.3), (-0.1, 0.5), (0.5, 1.1), ("0", "1"),
+                                  (math.nan, 0.5), (False, True))),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_refused(part: str, names: str, values: tuple[object, ...]) -> None:
+    for name in names.split():
+        for value in values:
+            # Both when made in code and when read from a file.
+            content = micro_config().to_hf()
+            section = content["vision_config" if part == "vision" else "photon"] if part else content
+            target = content["rope_scaling"] if name == "mrope_section" else section
+            key = "in_chans" if name == "in_channels" else name
+            target[key] = list(value) if isinstance(value, tuple) else value
+            for make in (
+                lambda name=name, value=value: micro_config(**({part: {name: value}} if part else {name: value})),
+                lambda content=content: PhotonConfig.from_hf(content),
+            ):
+                with pytest.raises(PhotonError) as caught:
+                    make()
+                assert caught.value.code == "CONFIG_INVALID", (name, value)
+                assert name in caught.value.fact or "pruning layer" in caught.value.fact, (name, value)
+
+
+def test_values_at_the_edge_of_their_range_are_accepted() -> None:
+    pruning = {"keep_band": (0, 1), "seconds_per_grid": 0, "temperature": 1, "layer": 0, "threshold_bias_init": -5}
+    config = micro_config(pruning=pruning, vision={"empty_below": 0}, rope_theta=100, video_token_id=0)
+    assert PhotonConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
 
 
 @pytest.mark.parametrize("content", [[], "text", {}, {"vision_config": 3}, None])
