@@ -181,7 +181,7 @@ class Inventory:
         try:
             held = _read_header(self.folder / file)
         except PhotonError as error:
-            self.problems.add(error.code, "damaged", f"{file}: {error.fact.rstrip('.')}")
+            self.problems.add(error.code, "unreadable", f"{file}: {error.fact.rstrip('.')}")
             return
         for name in sorted(promised - held.keys()):
             self.problems.add("CHECKPOINT_CORRUPT", "lacking", f"{file} lacks {name}, which the index promises")
