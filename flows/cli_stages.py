@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from flows import settings
 from flows.cli_support import (
     EXIT_SOME_FAILED,
+    Checkpoint,
+    Data,
+    Modality,
     choose,
     command,
     rows_by_code,
     show_counts,
     show_results,
-    show_table,
-    tracked,
 )
 from flows.progress import show_progress
-
-Data = Annotated[Path, typer.Option(help="Data folder: questions.jsonl and volumes/ (see docs/architecture.md).")]
-Checkpoint = Annotated[Path, typer.Option(help="Checkpoint folder of `photon train`.")]
-Modality = Annotated[str, typer.Option(help="auto, ct (values are HU) or mr (values have no unit).")]
-Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where models run; auto: a GPU if there is one.")]
-Track = Annotated[bool, typer.Option("--track/--no-track", help="Log the run to MLflow.")]
 
 
 @command
@@ -113,106 +108,6 @@ def preprocess(
     show_results(volumes=record.folder, manifest=record.manifest)
     if record.num_refused:
         raise typer.Exit(EXIT_SOME_FAILED)
-
-
-@command
-def train(
-    data: Data = Path("data"),
-    output: Annotated[Path, typer.Option(help="Folder for checkpoints and history.")] = Path("out/train"),
-    preset: Annotated[str, typer.Option(help="Size and length of the training: demo or smoke.")] = "demo",
-    seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
-    start_from: Annotated[
-        Path | None, typer.Option(help="Checkpoint folder to start from, with its tokenizer; default: from scratch.")
-    ] = None,
-    naming_steps: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="Steps of vision pretraining on label maps; default the preset's, 0 from a checkpoint."
-        ),
-    ] = None,
-    device: Device = "auto",
-    track: Track = True,
-) -> None:
-    """Train Photon, and the text-only model it has to beat.
-
-    Reads questions.jsonl and volumes/ of the data folder; writes checkpoints (safetensors and JSON). After an
-    interruption the same command goes on from the last checkpoint. `--start-from` takes a checkpoint of Photon or a
-    plain Qwen2.5-VL, whose patch embedding and pruning parameters then start fresh, and the published training's
-    learning rates.
-
-    Example: `photon train --data data --output out/train --preset demo`
-    """
-    from pipelines.train import TrainSpec
-    from pipelines.train import train as run_stage
-    from pipelines.versioning import folder_version
-
-    spec = TrainSpec.preset(preset, seed=seed, is_pretrained=start_from is not None, naming_steps=naming_steps)
-    version = folder_version(data)
-    with tracked("train", track, version) as tracker, show_progress("train") as on_progress:
-        record = run_stage(
-            spec,
-            data,
-            output,
-            data_version=version,
-            start_from=start_from,
-            device=device,
-            tracker=tracker,
-            on_progress=on_progress,
-        )
-    show_results(
-        checkpoint=record.checkpoint,
-        blind_checkpoint=record.blind_checkpoint,
-        history=record.history,
-        final_loss=f"{record.final_loss:.4f} after {record.num_steps} steps",
-    )
-
-
-@command
-def evaluate(
-    checkpoint: Checkpoint = Path("out/train/checkpoint"),
-    blind_checkpoint: Annotated[
-        Path | None, typer.Option(help="Checkpoint of the text-only model; default: blind/ beside the other.")
-    ] = None,
-    data: Data = Path("data"),
-    output: Annotated[Path, typer.Option(help="Folder for answers and scores.")] = Path("out/evaluate"),
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    closed_by: Annotated[
-        Literal["generation", "likelihood"],
-        typer.Option(help="Answer closed questions in the model's own words, or by the likeliest option."),
-    ] = "generation",
-    device: Device = "auto",
-    track: Track = True,
-) -> None:
-    """Score a checkpoint beside all tokens, text alone and the majority answer.
-
-    Writes answers.parquet (one row a policy and question) and evaluation.json; every score has its
-    patient-level 95 % interval.
-
-    Example: `photon evaluate --checkpoint out/train/checkpoint --data data --output out/evaluate`
-    """
-    from pipelines.evaluate import evaluate as run_stage
-    from pipelines.versioning import folder_version
-
-    version = folder_version(data)
-    with tracked("evaluate", track, version) as tracker, show_progress("evaluate") as on_progress:
-        record = run_stage(
-            checkpoint,
-            data,
-            output,
-            blind_checkpoint=blind_checkpoint or checkpoint.with_name("blind"),
-            split=split,
-            data_version=version,
-            closed_by=closed_by,
-            device=device,
-            tracker=tracker,
-            on_progress=on_progress,
-        )
-    rows = [
-        (name, f"{score['value']:.3f}", f"{score['low']:.3f} to {score['high']:.3f}")
-        for name, score in record.accuracy.items()
-    ]
-    show_table(f"accuracy on {split}", ("policy", "accuracy", "95 % interval"), rows)
-    show_results(answers=record.answers, scores=output / "evaluation.json")
 
 
 @command

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+import typer
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -21,6 +24,11 @@ Preset = TypeVar("Preset")
 
 EXIT_OK, EXIT_ERROR, EXIT_FAULT, EXIT_SOME_FAILED = 0, 1, 2, 3
 """0 all is well; 1 a coded error; 2 wrong usage or an unexpected fault; 3 done, but not for every scan."""
+
+Data = Annotated[Path, typer.Option(help="Data folder: questions.jsonl and volumes/ (see docs/architecture.md).")]
+Checkpoint = Annotated[Path, typer.Option(help="Checkpoint folder of `photon train`.")]
+Modality = Annotated[str, typer.Option(help="auto, ct (values are HU) or mr (values have no unit).")]
+
 COMMANDS: list[Callable[..., Any]] = []
 _PIPE_WIDTH = 1000
 
@@ -48,6 +56,34 @@ def tracked(run_name: str, is_tracked: bool, data_version: str) -> Iterator[Trac
         return
     with tracked_run(open_store(), run_name, tags={"data_version": data_version}) as tracker:
         yield tracker
+
+
+@contextmanager
+def show_log() -> Iterator[None]:
+    """What the model's code has to say, on standard error for the length of the block; the same thing only once."""
+    logger, handler = logging.getLogger("photon"), _LineHandler(logging.INFO)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+
+
+class _LineHandler(logging.Handler):
+    """A line a message, above a progress bar if there is one."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self._shown: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message not in self._shown:
+            self._shown.add(message)
+            Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(message)
 
 
 def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

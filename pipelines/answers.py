@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from pipelines.questions import Question
     from pipelines.volumes import Volume
 
+MAX_ANSWER_TOKENS = 12
+"""Where a generated answer is cut off, its end of turn included."""
+
 POLICIES = ("photon", "all_tokens", "blind", "majority")
 """How an answer came about: with pruning, with every visual token, without the scan, without a model."""
 

@@ -25,6 +25,7 @@ from pipelines.tracking import NullTracker, Tracker
 from pipelines.volumes import read_volume
 
 if TYPE_CHECKING:
+    from photon.training.loop import Precision
     from pipelines.predict import ClosedBy
 
 ANSWERS_FILE = "answers.parquet"
@@ -46,6 +47,7 @@ def evaluate(
     data_version: str,
     closed_by: ClosedBy = "generation",
     device: str = "cpu",
+    precision: Precision = "float32",
     tracker: Tracker | None = None,
     on_progress: Progress | None = None,
     open_answerer: OpenAnswerer | None = None,
@@ -64,6 +66,7 @@ def evaluate(
         data_version: DVC version of ``data``, copied into the record.
         closed_by: whether models answer closed questions in their own words or by the likeliest option.
         device: where models run: "cpu", "cuda" or "auto".
+        precision: of weights and arithmetic, "float32" or "bfloat16".
         tracker: gets the summary numbers and the record; default none.
         on_progress: called with scans done, scans in all and the scan just done.
         open_answerer: what opens a model; default :class:`pipelines.predict.TorchAnswerer`.
@@ -86,7 +89,9 @@ def evaluate(
             f"no accepted scan has questions in split {split!r} ({len(in_split)} questions; known: {known}).",
             "Choose a split that has questions, and preprocess its scans first.",
         )
-    open_answerer = open_answerer or functools.partial(_open_torch_answerer, closed_by=closed_by, device=device)
+    open_answerer = open_answerer or functools.partial(
+        _open_torch_answerer, closed_by=closed_by, device=device, precision=precision
+    )
     answerers: dict[str, Answerer] = {
         "photon": open_answerer(checkpoint, "photon"),
         "all_tokens": open_answerer(checkpoint, "all_tokens"),
@@ -191,7 +196,9 @@ def _unasked_shares(
     return shares
 
 
-def _open_torch_answerer(checkpoint: Path, policy: str, *, closed_by: ClosedBy, device: str) -> Answerer:
+def _open_torch_answerer(
+    checkpoint: Path, policy: str, *, closed_by: ClosedBy, device: str, precision: Precision
+) -> Answerer:
     from pipelines.predict import TorchAnswerer  # torch is slow to import, and tests need no model
 
-    return TorchAnswerer(checkpoint, policy=policy, closed_by=closed_by, device=device)
+    return TorchAnswerer(checkpoint, policy=policy, closed_by=closed_by, device=device, precision=precision)

@@ -27,11 +27,12 @@ from photon.generate import generate, last_rows
 from photon.grid import patchify
 from photon.model.network import Photon
 from photon.model.packing import Branch, Context, pack_batch
+from pipelines.answers import MAX_ANSWER_TOKENS
 from pipelines.dataset import LabelledScan, context_of, read_split
 from pipelines.files import file_digest, prepare_output_folder, read_json, write_json
 from pipelines.onnx_inputs import AXES, GRAPHS, OUTPUTS, Arrays
 from pipelines.results import ExportRecord
-from pipelines.runtime import MAX_ANSWER_TOKENS, MODEL_FILE, OnnxModel
+from pipelines.runtime import MODEL_FILE, OnnxModel
 from pipelines.text import PROMPT, TOKENIZER, Prompter
 from pipelines.train import PROVENANCE
 from pipelines.volumes import normalise

@@ -16,19 +16,21 @@ from photon.errors import PhotonError
 from photon.generate import Prompted, ask, decode, encode_scan
 from photon.grid import num_visual_tokens
 from photon.likelihood import option_log_likelihoods
-from pipelines.answers import Answer
+from photon.training.loop import Precision
+from pipelines.answers import MAX_ANSWER_TOKENS, Answer
 from pipelines.dataset import empty_context, scan_context
 from pipelines.questions import Question
 from pipelines.text import TOKENIZER, Prompter
 from pipelines.volumes import Volume
 
-MAX_ANSWER_TOKENS = 12
 MAX_BRANCHES = 64
 """Questions that run at a time: each holds a copy of the rows it kept."""
 POLICIES = ("photon", "all_tokens", "blind")
 
 ClosedBy = Literal["generation", "likelihood"]
 """How closed questions are answered: in the model's own words, or by the likeliest of their options."""
+
+_DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Said = tuple[str, float]
 """Text and confidence of an answer."""
@@ -45,6 +47,7 @@ class TorchAnswerer:
         closed_by: ClosedBy = "generation",
         max_branches: int = MAX_BRANCHES,
         device: str = "cpu",
+        precision: Precision = "float32",
     ) -> None:
         """Open a checkpoint folder.
 
@@ -53,18 +56,22 @@ class TorchAnswerer:
                 option whose tokens are likeliest together, and its confidence its share among the options.
             max_branches: questions that run at a time; a matter of memory and time, not of the answers.
             device: "cpu", "cuda" or "auto".
+            precision: of weights and arithmetic, whatever the files hold; "bfloat16" halves the memory.
 
         Raises:
-            PhotonError: ``POLICY_UNKNOWN``, ``GENERATION_INVALID``, ``GPU_UNAVAILABLE``, ``DEVICE_UNKNOWN``, and
-                whatever reading the weights, the configuration or the tokenizer raises.
+            PhotonError: ``POLICY_UNKNOWN``, ``GENERATION_INVALID``, ``PRECISION_UNKNOWN``, ``GPU_UNAVAILABLE``,
+                ``DEVICE_UNKNOWN``, and whatever reading the weights, the configuration or the tokenizer raises.
         """
         if policy not in POLICIES:
             raise PhotonError("POLICY_UNKNOWN", policy, f"it is not one of {POLICIES}.", "Choose one of them.")
         if closed_by not in get_args(ClosedBy):
             fact = f"it is not one of {get_args(ClosedBy)}."
             raise PhotonError("GENERATION_INVALID", closed_by, fact, "Choose one of them.")
+        if precision not in _DTYPES:
+            fact = f"it is not one of {get_args(Precision)}."
+            raise PhotonError("PRECISION_UNKNOWN", precision, fact, "Choose one of them.")
         self.policy, self.closed_by, self.max_branches = policy, closed_by, max_branches
-        self.model = read_model(checkpoint, device=choose_device(device))
+        self.model = read_model(checkpoint, dtype=_DTYPES[precision], device=choose_device(device))
         self.prompter = Prompter.read(checkpoint / TOKENIZER)
 
     def answer(self, volume: Volume | None, questions: Sequence[Question]) -> list[Answer]:

@@ -16,7 +16,7 @@ from photon.errors import PhotonError
 from photon.grid import num_visual_tokens
 from photon.model.packing import Context
 from photon.sampling import AnswerDecoder, Generated
-from pipelines.answers import Answer
+from pipelines.answers import MAX_ANSWER_TOKENS, Answer
 from pipelines.dataset import scan_context
 from pipelines.files import file_digest, read_json
 from pipelines.onnx_inputs import GRAPHS, OUTPUTS, Arrays, question_inputs, scan_inputs
@@ -25,7 +25,6 @@ from pipelines.text import TOKENIZER, Prompter
 from pipelines.volumes import Volume, VolumeSpec
 
 MODEL_FILE = "model.json"
-MAX_ANSWER_TOKENS = 12
 _REMEDY = "Export the checkpoint again with `photon export`."
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from photon.checkpoint import CONFIG, read_pretrained
 from photon.config import PhotonConfig, tiny
 from photon.errors import PhotonError
@@ -34,15 +36,17 @@ class Start:
     folder: Path | None = None
     digest: str = ""
 
-    def build_model(self, seed: int) -> tuple[Photon, tuple[str, ...]]:
-        """The model, and the parameters of it that a checkpoint did not have.
+    def build_model(self, seed: int, device: torch.device | str = "cpu") -> tuple[Photon, tuple[str, ...]]:
+        """The float32 model on ``device``, and the parameters of it that a checkpoint did not have.
 
         Raises:
             PhotonError: whatever reading the checkpoint raises.
         """
         if self.folder is None:
-            return Photon(self.config).initialise(seed), ()
-        return read_pretrained(self.folder, seed=seed)
+            with torch.device(device):
+                model = Photon(self.config)
+            return model.initialise(seed), ()
+        return read_pretrained(self.folder, seed=seed, device=device)
 
 
 def start_from_scratch(texts: Sequence[str]) -> Start:

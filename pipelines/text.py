@@ -49,7 +49,8 @@ class Prompter:
     A prompt is ``<|im_start|>user\\n<|vision_start|><|video_pad|>...<|vision_end|>question<|im_end|>\\n
     <|im_start|>assistant\\n``, after ``<|im_start|>system\\n...<|im_end|>\\n`` where there is a system prompt. The part
     up to the last ``<|vision_end|>`` is the context, shared by every question about the scan; the rest is the branch.
-    Special tokens end every piece that is encoded by itself, so the pieces are encoded as the whole would be.
+    The context ends with a special token, at which every tokenizer splits, so context and branch are encoded apart as
+    they would be together. An answer is encoded apart from the branch, which ends where generation begins.
 
     Attributes:
         system: the system prompt; None for none.
@@ -66,6 +67,8 @@ class Prompter:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+        # Other tokens of white space open and close nothing, and the space that replaces tokens may be one of them.
+        added = [token for token in added if token.strip() or token == "\n"]
         self._reserved = re.compile("|".join([r"<\|\w*\|>", *map(re.escape, sorted(added, key=len, reverse=True))]))
         unknown = getattr(tokenizer.model, "unk_token", None)
         self._unknown = self._id(unknown) if unknown else None

@@ -17,12 +17,12 @@ from photon.checkpoint import replace_folder, write_model
 from photon.device import choose_device
 from photon.errors import PhotonError
 from photon.model.network import Photon
-from photon.training.loop import OptimiserConfig, StepReport, Trainer
+from photon.training.loop import OptimiserConfig, Precision, StepReport, Trainer
 from photon.training.pretrain import NamingConfig, pretrain_vision
 from photon.training.stages import MODES, Stage, StageSchedule
 from photon.training.step import TrainingBatch
 from pipelines.dataset import BatchSource, Draw, LabelledScan, NamingSource, read_split
-from pipelines.files import prepare_output_folder, write_json
+from pipelines.files import lock_output, prepare_output_folder, write_json
 from pipelines.results import TrainRecord
 from pipelines.start import Start, start_from_checkpoint, start_from_scratch
 from pipelines.text import TOKENIZER, Prompter
@@ -52,16 +52,28 @@ class TrainSpec:
     save_every: int = 50
 
     @classmethod
-    def preset(cls, name: str, *, seed: int = 0, is_pretrained: bool = False, naming_steps: int | None = None) -> Self:
+    def preset(
+        cls,
+        name: str,
+        *,
+        seed: int = 0,
+        is_pretrained: bool = False,
+        naming_steps: int | None = None,
+        precision: Precision = "float32",
+        scans_per_step: int | None = None,
+        questions_per_scan: int | None = None,
+    ) -> Self:
         """The settings of a preset.
 
         Args:
             is_pretrained: the training starts from a checkpoint: with the published training's learning rates, and
                 without vision pretraining.
             naming_steps: length of vision pretraining, when it is to be another.
+            precision: of the arithmetic of a step, as :class:`OptimiserConfig` has it.
+            scans_per_step, questions_per_scan: size of every stage's batches, when it is to be another.
 
         Raises:
-            PhotonError: ``PRESET_UNKNOWN``.
+            PhotonError: ``PRESET_UNKNOWN``, ``PRECISION_UNKNOWN``.
         """
         if name not in _PRESETS:
             known = ", ".join(_PRESETS)
@@ -70,9 +82,16 @@ class TrainSpec:
         if is_pretrained:
             spec = dataclasses.replace(spec, optimiser=_PRETRAINED_OPTIMISER)
             naming_steps = naming_steps or 0
-        if naming_steps is None:
-            return spec
-        return dataclasses.replace(spec, naming=dataclasses.replace(spec.naming, num_steps=naming_steps))
+        sizes = {"scans_per_step": scans_per_step, "questions_per_scan": questions_per_scan}
+        changed: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
+        return dataclasses.replace(
+            spec,
+            optimiser=dataclasses.replace(spec.optimiser, precision=precision),
+            draw=dataclasses.replace(spec.draw, **changed),
+            pruned_draw=dataclasses.replace(spec.pruned_draw, **changed),
+            naming=spec.naming if naming_steps is None else dataclasses.replace(spec.naming, num_steps=naming_steps),
+            naming_scans_per_step=scans_per_step or spec.naming_scans_per_step,
+        )
 
     def digest(self) -> str:
         """Twelve hex digits that name these settings."""
@@ -118,6 +137,7 @@ def train(
     data_version: str,
     start_from: Path | None = None,
     device: str = "cpu",
+    checkpoint_activations: bool = False,
     tracker: Tracker | None = None,
     on_progress: Progress | None = None,
 ) -> TrainRecord:
@@ -134,42 +154,58 @@ def train(
         start_from: checkpoint folder whose weights and tokenizer both models start with; its content is part of the
             run's identity. None for the tiny model from scratch.
         device: "cpu", "cuda" or "auto"; no part of the run's identity, so it may change from start to start.
+        checkpoint_activations: compute a layer's inner values again in the backward pass instead of keeping them; less
+            memory, more time, the same numbers, and so no part of the run's identity either.
 
     Raises:
-        PhotonError: ``OUTPUT_UNWRITABLE``, ``SPLIT_EMPTY``, ``CHECKPOINT_MISMATCH``, ``TRAINING_DIVERGED``,
-            ``GPU_UNAVAILABLE``, ``DEVICE_UNKNOWN`` and whatever reading the data or ``start_from`` raises.
+        PhotonError: ``OUTPUT_UNWRITABLE``, ``OUTPUT_BUSY``, ``SPLIT_EMPTY``, ``CHECKPOINT_MISMATCH``,
+            ``TRAINING_DIVERGED``, ``GPU_UNAVAILABLE``, ``DEVICE_UNKNOWN`` and whatever reading the data or
+            ``start_from`` raises.
     """
     started = time.perf_counter()
     place = choose_device(device)
     prepare_output_folder(output)
-    tracker = tracker or NullTracker()
-    scans, validation = read_split(data, "train"), read_split(data, "val")
-    texts = _texts(scans)
-    start = start_from_scratch(texts) if start_from is None else start_from_checkpoint(start_from, texts)
-    identity = {"model": start.config.to_hf(), "data_version": data_version, "start_digest": start.digest}
-    tracker.log_hyperparameters({**dataclasses.asdict(spec), **identity, "device": place.type})
-    run = _Run(spec, start, scans, validation, data, output, tracker, on_progress, data_version, place)
-    model = run.train_model()
-    blind = run.train_blind()
-    volume_spec = scans[0].volume.spec.as_dict()
-    for name, trained in (("checkpoint", model), ("blind", blind)):
-        _write_checkpoint(trained, start.prompter, output / name, volume_spec, data_version)
-    history = _read_history(run.history)
-    record = TrainRecord(
-        checkpoint=str(output / "checkpoint"),
-        blind_checkpoint=str(output / "blind"),
-        history=str(run.history),
-        num_steps=spec.schedule.num_steps,
-        elapsed_s=time.perf_counter() - started,
-        final_loss=float(history[-1]["answer_loss"]),
-        kept_fraction=float(history[-1]["kept_fraction"]),
-        config_digest=start.config.digest(),
-        data_version=data_version,
-    )
-    record.write(output / "record.json")
-    tracker.log_summary({"final_loss": record.final_loss, "train_elapsed_s": record.elapsed_s})
-    tracker.log_artifact(run.history)
-    tracker.log_artifact(output / "checkpoint")
+    with lock_output(output):
+        tracker = tracker or NullTracker()
+        scans, validation = read_split(data, "train"), read_split(data, "val")
+        texts = _texts(scans)
+        start = start_from_scratch(texts) if start_from is None else start_from_checkpoint(start_from, texts)
+        identity = {"model": start.config.to_hf(), "data_version": data_version, "start_digest": start.digest}
+        tracker.log_hyperparameters({**dataclasses.asdict(spec), **identity, "device": place.type})
+        run = _Run(
+            spec,
+            start,
+            scans,
+            validation,
+            data,
+            output,
+            tracker,
+            on_progress,
+            data_version,
+            place,
+            checkpoint_activations,
+        )
+        model = run.train_model()
+        blind = run.train_blind()
+        volume_spec = scans[0].volume.spec.as_dict()
+        for name, trained in (("checkpoint", model), ("blind", blind)):
+            _write_checkpoint(trained, start.prompter, output / name, volume_spec, data_version)
+        history = _read_history(run.history)
+        record = TrainRecord(
+            checkpoint=str(output / "checkpoint"),
+            blind_checkpoint=str(output / "blind"),
+            history=str(run.history),
+            num_steps=spec.schedule.num_steps,
+            elapsed_s=time.perf_counter() - started,
+            final_loss=float(history[-1]["answer_loss"]),
+            kept_fraction=float(history[-1]["kept_fraction"]),
+            config_digest=start.config.digest(),
+            data_version=data_version,
+        )
+        record.write(output / "record.json")
+        tracker.log_summary({"final_loss": record.final_loss, "train_elapsed_s": record.elapsed_s})
+        tracker.log_artifact(run.history)
+        tracker.log_artifact(output / "checkpoint")
     return record
 
 
@@ -185,6 +221,7 @@ class _Run:
     on_progress: Progress | None
     data_version: str
     device: torch.device
+    checkpoint_activations: bool
 
     @property
     def history(self) -> Path:
@@ -267,8 +304,9 @@ class _Run:
         """A trainer where it last stopped, and the parameters that started without a checkpoint's."""
         parts = (self.spec.digest(), self.start.config.digest(), self.data_version, state, self.start.digest)
         digest = hashlib.sha256(" ".join(filter(None, parts)).encode()).hexdigest()[:12]
-        model, initialised = self.start.build_model(self.spec.seed)
-        trainer = Trainer(model.to(self.device), schedule, self.spec.optimiser, run_digest=digest)
+        model, initialised = self.start.build_model(self.spec.seed, self.device)
+        model.checkpoint_activations = self.checkpoint_activations
+        trainer = Trainer(model, schedule, self.spec.optimiser, run_digest=digest)
         trainer.restore(self.output / state)
         return trainer, initialised
 

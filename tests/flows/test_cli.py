@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import logging
 import subprocess
 import sys
 import time
@@ -12,15 +14,21 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import save_file
 
 from flows import cli
 from flows.cli import COMMANDS
 from flows.progress import show_progress
+from photon.checkpoint import CONFIG, WEIGHTS, read_pretrained
 from photon.errors import PhotonError
+from photon.model.network import PATCH_EMBEDDING
+from photon.testing import micro_config, micro_model
 from pipelines.answers import Answer
 from pipelines.files import file_digest
 from pipelines.questions import EVERY_SCAN, Question, write_questions
+from pipelines.train import TrainSpec
 from pipelines.volumes import VOLUME_SPECS, write_scan
 
 NAMES = [command.__name__ for command in COMMANDS]
@@ -220,6 +228,71 @@ def test_evaluate_hands_on_how_closed_questions_are_answered(
         assert photon(*arguments, *more)[0] == 1
     assert handed == ["generation", "likelihood", "generation"]
     assert photon(*arguments, "--closed-by", "dice")[0] == 2 and len(handed) == 3
+
+
+def test_train_and_evaluate_hand_on_precision_and_memory(
+    place: Path, photon: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed: list[tuple[object, ...]] = []
+
+    def stop() -> None:
+        raise PhotonError("SPLIT_EMPTY", "x", "nothing.", "Stop here.")
+
+    def train(spec: TrainSpec, *_: object, checkpoint_activations: bool, **__: object) -> None:
+        sizes = {(draw.scans_per_step, draw.questions_per_scan) for draw in (spec.draw, spec.pruned_draw)}
+        handed.append((spec.optimiser.precision, checkpoint_activations, sizes))
+        stop()
+
+    def evaluate(*_: object, precision: str, **__: object) -> None:
+        handed.append((precision,))
+        stop()
+
+    make_questions(place, "s0")
+    monkeypatch.setattr("pipelines.train.train", train)
+    monkeypatch.setattr("pipelines.evaluate.evaluate", evaluate)
+    arguments = ("--data", place, "--output", place / "out", "--no-track")
+    sizes = ("--scans-per-step", 1, "--questions-per-scan", 2)
+    assert photon("train", *arguments)[0] == 1
+    assert photon("train", *arguments, *sizes, "--precision", "bfloat16", "--recompute")[0] == 1
+    assert photon("evaluate", *arguments)[0] == 1
+    assert photon("evaluate", *arguments, "--precision", "bfloat16")[0] == 1
+    assert handed == [
+        ("float32", False, {(8, 24), (8, 12)}),
+        ("bfloat16", True, {(1, 2)}),
+        ("float32",),
+        ("bfloat16",),
+    ]
+    for wrong in (("--precision", "float16"), ("--scans-per-step", 0)):
+        assert photon("train", *arguments, *wrong)[0] == 2
+    assert len(handed) == 4
+
+
+def test_train_prints_what_the_checkpoint_lacked_and_what_of_it_is_ignored(
+    place: Path, photon: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = micro_model(micro_config())
+    held = {name: value.detach().clone() for name, value in model.named_parameters() if name != PATCH_EMBEDDING}
+    held["visual.patch_embed.proj.weight"] = torch.ones(model.config.vision.hidden_size, 3, 2, 14, 14)
+    folder = place / "qwen"
+    folder.mkdir()
+    save_file(held, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(model.config.to_hf()))
+
+    def train(*_: object, start_from: Path, **__: object) -> None:
+        for _twin in range(2):
+            read_pretrained(start_from, seed=3)
+        raise PhotonError("SPLIT_EMPTY", "x", "nothing.", "Stop here.")
+
+    make_questions(place, "s0")
+    monkeypatch.setattr("pipelines.train.train", train)
+    _, _, error = photon("train", "--data", place, "--start-from", folder, "--no-track")
+    lines = error.splitlines()
+    assert lines[:2] == [
+        f"Initialised from seed 3: {PATCH_EMBEDDING}.",
+        "Ignored in the checkpoint: visual.patch_embed.proj.weight.",
+    ]
+    assert len(lines) == 3 and lines[2].startswith("photon: [SPLIT_EMPTY]")
+    assert not logging.getLogger("photon").handlers, "the command leaves the logger as it was"
 
 
 def test_unwritable_state_folder_is_told(

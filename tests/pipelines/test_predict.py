@@ -158,3 +158,19 @@ def test_bad_input(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(PhotonError) as caught:
         TorchAnswerer(tmp_path)
     assert caught.value.code == "CHECKPOINT_MISSING"
+
+
+def test_bfloat16_answers_like_float32(checkpoint: Path, scan: LabelledScan) -> None:
+    answerer = TorchAnswerer(checkpoint, precision="bfloat16")
+    assert {parameter.dtype for parameter in answerer.model.parameters()} == {torch.bfloat16}
+    questions = scan.questions[:4]
+    ours, theirs = answerer.answer(scan.volume, questions), TorchAnswerer(checkpoint).answer(scan.volume, questions)
+    assert [a.question_id for a in ours] == [a.question_id for a in theirs]
+    assert [a.confidence for a in ours] == pytest.approx([a.confidence for a in theirs], rel=0.5)
+    assert {parameter.dtype for parameter in TorchAnswerer(checkpoint).model.parameters()} == {torch.float32}
+
+
+def test_an_unknown_precision_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PhotonError) as caught:
+        TorchAnswerer(tmp_path / "nothing", precision="float16")  # type: ignore[arg-type]
+    assert caught.value.code == "PRECISION_UNKNOWN"

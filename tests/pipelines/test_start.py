@@ -20,7 +20,7 @@ from photon.testing import micro_model
 from photon.training.pretrain import NamingConfig
 from photon.training.stages import StageSchedule
 from pipelines.dataset import read_split
-from pipelines.start import start_from_checkpoint
+from pipelines.start import start_from_checkpoint, start_from_scratch
 from pipelines.text import PROMPT, PUBLIC_SYSTEM_PROMPT, TOKENIZER, Prompter, build_tokenizer
 from pipelines.tracking import MemoryTracker
 from pipelines.train import TrainSpec, train
@@ -268,3 +268,16 @@ def test_the_start_is_the_model_that_was_written(photon_folder: Path) -> None:
     model, initialised = start.build_model(seed=0)
     assert isinstance(model, Photon) and initialised == () and model.config == start.config
     assert same(dict(model.named_parameters()), weights(photon_folder)) == weights(photon_folder).keys()
+
+
+@pytest.mark.parametrize("is_pretrained", [False, True])
+def test_weights_go_straight_to_the_device(
+    photon_folder: Path, is_pretrained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the whole model was moved")
+
+    monkeypatch.setattr(Photon, "to", refuse)
+    start = start_from_checkpoint(photon_folder, []) if is_pretrained else start_from_scratch(["yes"])
+    model, _ = start.build_model(seed=0, device="meta")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}

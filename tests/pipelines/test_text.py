@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,22 @@ TEXTS = (
 @pytest.fixture(scope="module")
 def prompter() -> Prompter:
     return Prompter(build_tokenizer(TEXTS))
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Break a loop that does not end."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def tokens(prompter: Prompter, ids: list[int]) -> list[str]:
@@ -301,3 +320,13 @@ def test_prompts_are_neither_cut_nor_filled(public: Path, tmp_path: Path) -> Non
     tokenizer.save(str(tmp_path / TOKENIZER))
     ours, theirs = Prompter.read(tmp_path / TOKENIZER), Prompter.read(public)
     assert ours.branch_ids(TEXTS[0]).tolist() == theirs.branch_ids(TEXTS[0]).tolist()
+
+
+def test_added_tokens_of_white_space_alone_are_ordinary_text() -> None:
+    """Else a space would be replaced by a space without end."""
+    tokenizer = build_tokenizer(TEXTS)
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in (" ", "  ", "\t")])
+    prompter = Prompter(tokenizer)
+    with time_limit(5):
+        assert prompter.unknown_words("yes <|im_end|>\n no") == []
+    assert "\n" not in prompter.text(prompter.answer_ids("yes\nno").tolist())

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from photon.checkpoint import WEIGHTS, load_tensors, read_config, read_model
 from photon.errors import PhotonError
+from photon.training.loop import Trainer
 from photon.training.pretrain import NamingConfig
 from photon.training.stages import StageSchedule
+from pipelines.files import lock_output
 from pipelines.results import TrainRecord
 from pipelines.text import TOKENIZER, Prompter
 from pipelines.tracking import MemoryTracker
@@ -176,3 +179,71 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_is_read(
         train(MICRO, tmp_path / "nothing", tmp_path / "out", data_version="v1", device="cuda")
     assert caught.value.code == "GPU_UNAVAILABLE"
     assert not (tmp_path / "out").exists()
+
+
+def test_bfloat16_is_another_run(
+    smoke_data: Path, whole: tuple[Path, TrainRecord, MemoryTracker], tmp_path: Path
+) -> None:
+    spec = dataclasses.replace(MICRO, optimiser=dataclasses.replace(MICRO.optimiser, precision="bfloat16"))
+    assert spec.digest() != MICRO.digest()
+    record = train(spec, smoke_data, tmp_path, data_version="v1")
+    held = load_tensors(Path(record.checkpoint) / WEIGHTS)
+    assert all(tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in held.values())
+    assert history(tmp_path)[0]["loss"] == pytest.approx(history(whole[0])[0]["loss"], rel=0.05)
+    assert not weights_equal(Path(record.checkpoint), Path(whole[1].checkpoint))
+
+
+def test_recomputed_activations_give_the_same_run(
+    smoke_data: Path,
+    whole: tuple[Path, TrainRecord, MemoryTracker],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[bool] = []
+    run = Trainer.run
+
+    def spy(trainer: Trainer, *arguments: Any, **options: Any) -> None:
+        seen.append(trainer.model.checkpoint_activations)
+        run(trainer, *arguments, **options)
+
+    monkeypatch.setattr(Trainer, "run", spy)
+    record = train(MICRO, smoke_data, tmp_path, data_version="v1", checkpoint_activations=True)
+    assert seen == [True, True]
+    assert history(tmp_path) == history(whole[0])
+    for ours, theirs in (
+        (record.checkpoint, whole[1].checkpoint),
+        (record.blind_checkpoint, whole[1].blind_checkpoint),
+    ):
+        assert weights_equal(Path(ours), Path(theirs))
+    train(MICRO, smoke_data, tmp_path, data_version="v1")
+    assert seen[2:] == [False, False], "off by default, and the folder of either goes on"
+
+
+def test_sizes_of_batches_and_precision_of_a_preset() -> None:
+    spec = TrainSpec.preset("demo", precision="bfloat16", scans_per_step=1, questions_per_scan=3)
+    for draw in (spec.draw, spec.pruned_draw):
+        assert (draw.scans_per_step, draw.questions_per_scan) == (1, 3)
+    assert spec.naming_scans_per_step == 1 and spec.optimiser.precision == "bfloat16"
+    plain = TrainSpec.preset("demo")
+    assert spec.pruned_draw.robust_probability == plain.pruned_draw.robust_probability
+    assert (plain.draw.questions_per_scan, plain.pruned_draw.questions_per_scan) == (24, 12)
+    assert plain.optimiser.precision == "float32" and plain.naming_scans_per_step == 8
+    with pytest.raises(PhotonError) as caught:
+        TrainSpec.preset("demo", precision="float16")  # type: ignore[arg-type]
+    assert caught.value.code == "PRECISION_UNKNOWN"
+
+
+def test_two_runs_in_one_folder_are_refused(smoke_data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "train"
+    output.mkdir()
+    with lock_output(output), pytest.raises(PhotonError) as caught:
+        train(MICRO, smoke_data, output, data_version="v1")
+    assert caught.value.code == "OUTPUT_BUSY"
+    assert [path.name for path in output.iterdir()] == [".lock"]
+
+
+def test_a_run_inside_a_locked_folder_leaves_no_lock_in_its_checkpoints(smoke_data: Path, tmp_path: Path) -> None:
+    with lock_output(tmp_path):
+        record = train(MICRO, smoke_data, tmp_path / "train", data_version="v1")
+    for folder in (record.checkpoint, record.blind_checkpoint):
+        assert not list(Path(folder).rglob(".lock"))

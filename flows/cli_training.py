@@ -1,0 +1,150 @@
+"""Training and evaluation as commands of `photon`: what runs a checkpoint with PyTorch, on a GPU if there is one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from flows.cli_support import (
+    Checkpoint,
+    Data,
+    command,
+    show_log,
+    show_results,
+    show_table,
+    tracked,
+)
+from flows.progress import show_progress
+
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where models run; auto: a GPU if there is one.")]
+Precision = Annotated[
+    Literal["float32", "bfloat16"], typer.Option(help="Of matrix products; bfloat16 is faster on a GPU.")
+]
+Track = Annotated[bool, typer.Option("--track/--no-track", help="Log the run to MLflow.")]
+
+
+@command
+def train(
+    data: Data = Path("data"),
+    output: Annotated[Path, typer.Option(help="Folder for checkpoints and history.")] = Path("out/train"),
+    preset: Annotated[
+        str, typer.Option(help="Length and batches of the training, and the model's size from scratch: demo or smoke.")
+    ] = "demo",
+    seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
+    start_from: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder to start from, with its tokenizer; default: from scratch.")
+    ] = None,
+    naming_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Steps of vision pretraining on label maps; default the preset's, 0 from a checkpoint."
+        ),
+    ] = None,
+    scans_per_step: Annotated[
+        int | None, typer.Option(min=1, help="Scans in a batch, in every stage; default the preset's.")
+    ] = None,
+    questions_per_scan: Annotated[
+        int | None, typer.Option(min=1, help="Questions about each scan of a batch; default the preset's.")
+    ] = None,
+    device: Device = "auto",
+    precision: Precision = "float32",
+    recompute: Annotated[
+        bool,
+        typer.Option("--recompute/--no-recompute", help="Compute activations twice to save memory; same results."),
+    ] = False,
+    track: Track = True,
+) -> None:
+    """Train Photon, and the text-only model it has to beat.
+
+    Reads questions.jsonl and volumes/ of the data folder; writes checkpoints (safetensors and JSON). After an
+    interruption the same command goes on from the last checkpoint. `--start-from` takes a checkpoint of Photon or a
+    plain Qwen2.5-VL; the size is the checkpoint's, and the learning rates are the published training's. A plain
+    Qwen2.5-VL has no pruning parameters and no patch embedding for volumes: these start from the seed, all else from
+    the checkpoint. What started from the seed, and what of the checkpoint is not used, is printed.
+
+    Example: `photon train --data data --output out/train --preset demo`
+    """
+    from pipelines.train import TrainSpec
+    from pipelines.train import train as run_stage
+    from pipelines.versioning import folder_version
+
+    spec = TrainSpec.preset(
+        preset,
+        seed=seed,
+        is_pretrained=start_from is not None,
+        naming_steps=naming_steps,
+        precision=precision,
+        scans_per_step=scans_per_step,
+        questions_per_scan=questions_per_scan,
+    )
+    version = folder_version(data)
+    with tracked("train", track, version) as tracker, show_progress("train") as on_progress, show_log():
+        record = run_stage(
+            spec,
+            data,
+            output,
+            data_version=version,
+            start_from=start_from,
+            device=device,
+            checkpoint_activations=recompute,
+            tracker=tracker,
+            on_progress=on_progress,
+        )
+    show_results(
+        checkpoint=record.checkpoint,
+        blind_checkpoint=record.blind_checkpoint,
+        history=record.history,
+        final_loss=f"{record.final_loss:.4f} after {record.num_steps} steps",
+    )
+
+
+@command
+def evaluate(
+    checkpoint: Checkpoint = Path("out/train/checkpoint"),
+    blind_checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint of the text-only model; default: blind/ beside the other.")
+    ] = None,
+    data: Data = Path("data"),
+    output: Annotated[Path, typer.Option(help="Folder for answers and scores.")] = Path("out/evaluate"),
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    closed_by: Annotated[
+        Literal["generation", "likelihood"],
+        typer.Option(help="Answer closed questions in the model's own words, or by the likeliest option."),
+    ] = "generation",
+    device: Device = "auto",
+    precision: Precision = "float32",
+    track: Track = True,
+) -> None:
+    """Score a checkpoint beside all tokens, text alone and the majority answer.
+
+    Writes answers.parquet (one row a policy and question) and evaluation.json; every score has its
+    patient-level 95 % interval.
+
+    Example: `photon evaluate --checkpoint out/train/checkpoint --data data --output out/evaluate`
+    """
+    from pipelines.evaluate import evaluate as run_stage
+    from pipelines.versioning import folder_version
+
+    version = folder_version(data)
+    with tracked("evaluate", track, version) as tracker, show_progress("evaluate") as on_progress:
+        record = run_stage(
+            checkpoint,
+            data,
+            output,
+            blind_checkpoint=blind_checkpoint or checkpoint.with_name("blind"),
+            split=split,
+            data_version=version,
+            closed_by=closed_by,
+            device=device,
+            precision=precision,
+            tracker=tracker,
+            on_progress=on_progress,
+        )
+    rows = [
+        (name, f"{score['value']:.3f}", f"{score['low']:.3f} to {score['high']:.3f}")
+        for name, score in record.accuracy.items()
+    ]
+    show_table(f"accuracy on {split}", ("policy", "accuracy", "95 % interval"), rows)
+    show_results(answers=record.answers, scores=output / "evaluation.json")
