@@ -20,7 +20,7 @@ from flows.progress import show_progress
 
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where models run; auto: a GPU if there is one.")]
 Precision = Annotated[
-    Literal["float32", "bfloat16"], typer.Option(help="Of matrix products; bfloat16 is faster on a GPU.")
+    Literal["float32", "bfloat16"], typer.Option(help="Of the arithmetic; bfloat16 is faster on a GPU.")
 ]
 Track = Annotated[bool, typer.Option("--track/--no-track", help="Log the run to MLflow.")]
 
