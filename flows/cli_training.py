@@ -66,8 +66,8 @@ def train(
 
     Example: `photon train --data data --output out/train --preset demo`
     """
-    from pipelines.train import TrainSpec
     from pipelines.train import train as run_stage
+    from pipelines.train_spec import TrainSpec
     from pipelines.versioning import folder_version
 
     spec = TrainSpec.preset(

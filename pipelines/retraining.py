@@ -135,7 +135,8 @@ def record_version(job: Job, spec: RetrainSpec) -> VersionRecord:
 
 def train_model(job: Job, spec: RetrainSpec, version: VersionRecord) -> TrainRecord:
     """Train the model and its text-only twin."""
-    from pipelines.train import TrainSpec, train
+    from pipelines.train import train
+    from pipelines.train_spec import TrainSpec
 
     training = TrainSpec.preset(spec.training, seed=spec.seed)
     target = spec.output / "train"

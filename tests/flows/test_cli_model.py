@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from flows import cli
 from photon.errors import PhotonError
-from pipelines.train import TrainSpec
+from pipelines.train_spec import TrainSpec
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 CASES = GOLDEN / "cases.safetensors"

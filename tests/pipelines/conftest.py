@@ -9,7 +9,8 @@ import pytest
 from pipelines.export import export
 from pipelines.phantoms import PhantomSpec, generate
 from pipelines.preprocess import preprocess
-from pipelines.train import TrainSpec, train
+from pipelines.train import train
+from pipelines.train_spec import TrainSpec
 from pipelines.volumes import VOLUME_SPECS
 
 DATA_VERSION = "0123456789abcdef.dir"

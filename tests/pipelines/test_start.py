@@ -23,7 +23,8 @@ from pipelines.dataset import read_split
 from pipelines.start import start_from_checkpoint, start_from_scratch
 from pipelines.text import PROMPT, PUBLIC_SYSTEM_PROMPT, TOKENIZER, Prompter, build_tokenizer
 from pipelines.tracking import MemoryTracker
-from pipelines.train import TrainSpec, train
+from pipelines.train import train
+from pipelines.train_spec import TrainSpec
 
 SMOKE = TrainSpec.preset("smoke", is_pretrained=True)
 MICRO = dataclasses.replace(

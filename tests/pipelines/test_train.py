@@ -19,7 +19,8 @@ from pipelines.files import lock_output
 from pipelines.results import TrainRecord
 from pipelines.text import TOKENIZER, Prompter
 from pipelines.tracking import MemoryTracker
-from pipelines.train import PROVENANCE, TrainSpec, train
+from pipelines.train import PROVENANCE, train
+from pipelines.train_spec import TrainSpec
 
 SMOKE = TrainSpec.preset("smoke")
 MICRO = dataclasses.replace(
