@@ -258,7 +258,7 @@ def main() -> None:
     """Compare and write results/model.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=float, default=0.39, help="share of the visual tokens that stay (paper: 0.39)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each; the shortest counts")
+    parser.add_argument("--repeats", type=int, default=2, help="timed runs of each; the shortest counts")
     parser.add_argument("--one", nargs=3, metavar=("NAME", "PHASE", "KEEP"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
