@@ -111,6 +111,15 @@ def read_config(folder: Path) -> PhotonConfig:
     return PhotonConfig.from_hf(_read_config_content(folder))
 
 
+def read_pretrained_config(folder: Path) -> PhotonConfig:
+    """Read the configuration of a folder for :func:`read_pretrained`; of a plain Qwen2.5-VL as Photon's.
+
+    Raises:
+        PhotonError: ``CHECKPOINT_MISSING``, ``CONFIG_INVALID``.
+    """
+    return PhotonConfig.from_qwen(_read_config_content(folder))
+
+
 def read_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Photon:
     """Read a model from a folder in the form that :func:`write_model` leaves, or with the newer names of Qwen2.5-VL.
 
@@ -144,7 +153,7 @@ def read_pretrained(
     Raises:
         PhotonError: as :func:`read_model`.
     """
-    model = _empty_model(PhotonConfig.from_qwen(_read_config_content(folder)))
+    model = _empty_model(read_pretrained_config(folder))
     inventory = Inventory(folder)
     pruning = [name for name, _ in model.named_parameters() if ".atp." in name]
     # A part of the threshold network is not completed: its other part would belong to other numbers.

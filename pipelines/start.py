@@ -9,16 +9,15 @@ from pathlib import Path
 
 import torch
 
-from photon.checkpoint import CONFIG, read_pretrained
+from photon.checkpoint import CONFIG, read_pretrained, read_pretrained_config
 from photon.config import PhotonConfig, tiny
 from photon.errors import PhotonError
 from photon.model.network import Photon
 from photon.weights import INDEX, Inventory
-from pipelines.files import file_digest, read_json
+from pipelines.files import file_digest
 from pipelines.text import PROMPT, TOKENIZER, Prompter, build_tokenizer
 
 _NUM_SHOWN = 12
-_REMEDY = "Give a checkpoint folder of Photon or Qwen2.5-VL, with its tokenizer.json."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +65,7 @@ def start_from_checkpoint(folder: Path, texts: Sequence[str]) -> Start:
         PhotonError: ``CHECKPOINT_MISSING``, ``CHECKPOINT_CORRUPT``, ``CONFIG_INVALID``, ``TOKENIZER_UNREADABLE``;
             ``CHECKPOINT_MISMATCH`` when the tokenizer is of another model; ``QUESTION_NOT_UNDERSTOOD``.
     """
-    config = PhotonConfig.from_qwen(read_json(folder / CONFIG, "CHECKPOINT_MISSING", _REMEDY))
+    config = read_pretrained_config(folder)
     prompter = Prompter.read(folder / TOKENIZER)
     expected = {
         "vision_start": config.vision_start_token_id,
