@@ -192,7 +192,8 @@ class Photon(nn.Module):
         split = self.config.pruning.layer + 1
         for layer, shared in zip(self.model.layers[:split], context.layers, strict=False):
             x, state = self._run(layer, x, table, _after(shared, attend))
-            own.append(state.kept)
+            if with_layers:
+                own.append(state.kept)
         at_pruning = (x, state)
         decision = self._schedule(batch, context.layers[split - 1], state)
 
@@ -200,7 +201,8 @@ class Photon(nn.Module):
             context = self._finished(context, batch)
             for layer, shared in zip(self.model.layers[split:], context.layers[split:], strict=True):
                 x, state = self._run(layer, x, table, _after(shared, attend))
-                own.append(state.kept)
+                if with_layers:
+                    own.append(state.kept)
             rows = torch.arange(x.shape[0], device=x.device)
             if not with_layers:
                 return Output(x, rows, decision, None, None, None, context, at_pruning)

@@ -73,7 +73,7 @@ class PackedBatch:
         patches: float [P, 14*14*14] of the present visual tokens; grids: of every volume.
         present: int64 [V] these tokens, counted through the whole grids of all volumes.
         context_ids [Tc], context_positions [3, Tc], context_lengths [C]
-        visual_rows: int64 [V] context rows that are visual; visual_counts: [C] how many per context.
+        visual_rows: int64 [V] context rows that are visual.
         volume_counts: int64 [volumes] present visual tokens of each volume.
         context_volumes: [C] volumes of each context.
         branch_ids [Tb], branch_positions [3, Tb], branch_lengths [B]; branch_context [B].
@@ -88,7 +88,6 @@ class PackedBatch:
     context_positions: Tensor
     context_lengths: Tensor
     visual_rows: Tensor
-    visual_counts: Tensor
     volume_counts: Tensor
     context_volumes: Tensor
     branch_ids: Tensor
@@ -114,7 +113,6 @@ def pack_batch(contexts: Sequence[Context], branches: Sequence[Branch], config: 
     positions, nexts = zip(*(context_positions(context, config) for context in contexts), strict=True)
     is_visual = torch.cat([context.input_ids == config.video_token_id for context in contexts])
     lengths = torch.tensor([context.input_ids.numel() for context in contexts])
-    visual_counts = torch.tensor([int((c.input_ids == config.video_token_id).sum()) for c in contexts])
     grids = tuple(grid for context in contexts for grid in context.grids)
     tokens = [own for context in contexts for own in _tokens_of_volumes(context, config)]
     none = torch.zeros(0, dtype=torch.long)
@@ -126,7 +124,6 @@ def pack_batch(contexts: Sequence[Context], branches: Sequence[Branch], config: 
         context_positions=torch.cat(positions, dim=1),
         context_lengths=lengths,
         visual_rows=is_visual.nonzero().flatten(),
-        visual_counts=visual_counts,
         volume_counts=torch.tensor([own.numel() for own in tokens], dtype=torch.long),
         context_volumes=torch.tensor([len(context.grids) for context in contexts]),
         branch_ids=torch.cat([none, *(branch.input_ids for branch in branches)]),

@@ -270,7 +270,7 @@ def test_report_numbers() -> None:
         decision = model(item.batch, "hard").schedule
     assert result.kept_fraction == pytest.approx(float(decision.keep[decision.valid].float().mean()))
     assert 0.0 <= result.correct <= 1.0 and result.answer_loss > 0.0
-    text = item.batch.context_lengths - item.batch.visual_counts
+    text = item.batch.context_lengths - item.batch.volume_counts
     output = model(item.batch, "hard", flip=item.is_flipped)
     expected = text[item.batch.branch_context] + item.batch.branch_lengths
     visual = torch.bincount(output.selection.slots[output.selection.slots >= 0] // decision.keep.shape[1], minlength=4)
