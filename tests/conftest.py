@@ -9,17 +9,21 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 STATE = Path(tempfile.mkdtemp(prefix="photon-tests-"))
 atexit.register(shutil.rmtree, STATE, ignore_errors=True)
 for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE", "MLFLOW_TRACKING_URI"):
     os.environ.pop(name, None)
+# Without a GPU the Triton kernels run in its interpreter, which has to be known before they are imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from flows import settings  # noqa: E402
 
 settings.apply(STATE)
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
