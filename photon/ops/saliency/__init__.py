@@ -1,0 +1,1 @@
+"""How much each visual token matters to a question."""

@@ -1,0 +1,79 @@
+"""Scores of visual tokens in plain PyTorch.
+
+Letters: B branches (questions), Q question tokens, H query heads, G key heads, d head width, T rows of keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK_ROWS = 1024
+"""Rows of half-precision keys in float32 at a time, on a CPU: they stay in its cache."""
+
+
+@torch.no_grad()
+def question_vector(q: Tensor, k: Tensor, valid: Tensor) -> Tensor:
+    """What a question looks for, as one vector per key head.
+
+    The score of a visual token is linear in the queries, `u_j = sum_g <z_g, k_jg>`, so the question tokens
+    collapse to z once; no [Q, T] matrix is needed. Question tokens weigh by centrality: how strongly the others
+    answer to them (non-negative scaled products, without themselves).
+
+    Args:
+        q: [B, Q, H, d] rotated queries of the question tokens.
+        k: [B, Q, G, d] their rotated keys.
+        valid: bool [B, Q] real question tokens; a question may be empty.
+
+    Returns:
+        z: float32 [B, G, d], zero for an empty question.
+    """
+    num_heads, num_key_heads, head_dim = q.shape[2], k.shape[2], q.shape[3]
+    q, k = q.float(), k.float()
+    grouped = q.unflatten(2, (num_key_heads, num_heads // num_key_heads))
+    products = torch.einsum("bqgsd,btgd->bgsqt", grouped, k) / head_dim**0.5
+    size = q.shape[1]
+    others = valid[:, :, None] & valid[:, None, :] & ~torch.eye(size, dtype=torch.bool, device=q.device)
+    answered = torch.where(others[:, None, None], products.clamp_min(0.0), 0.0)
+    centrality = answered.sum(-1).mean((1, 2))
+    weights = centrality / centrality.sum(-1, keepdim=True).clamp_min(1.0)
+    weighted = torch.where(valid[:, :, None, None, None], grouped * weights[:, :, None, None, None], 0.0)
+    return weighted.sum((1, 3)) / (num_heads * head_dim**0.5)
+
+
+@torch.no_grad()
+def scores(z: Tensor, keys: Tensor) -> Tensor:
+    """Raw scores float32 [B, T] of keys [T, G, d] for question vectors [B, G, d]; no copy of the keys per question."""
+    columns = z.flatten(1).T
+    # float32 needs no copy, a GPU no blocks, and a graph being traced may not know how many rows there will be.
+    if keys.dtype == torch.float32 or keys.device.type != "cpu" or torch.compiler.is_compiling():
+        return (keys.flatten(1).float() @ columns).T
+    return torch.cat([rows.flatten(1).float() @ columns for rows in keys.split(BLOCK_ROWS)]).T
+
+
+def saliency(
+    q: Tensor,
+    k: Tensor,
+    keys: Tensor,
+    own_starts: Tensor,
+    question_lengths: Tensor,
+    pair_branch: Tensor,
+    pair_starts: Tensor,
+    pair_lengths: Tensor,
+    num_columns: int,
+    longest_question: int,
+) -> Tensor:
+    """Raw scores float32 [S, N] of packed branches; see :func:`photon.ops.saliency.op.saliency`."""
+    # A masked NaN of another branch would still be NaN times zero: padding repeats a row of the question itself.
+    rows, asked = _ranges(own_starts, question_lengths, longest_question, q.shape[0])
+    z = question_vector(q[rows], k[rows], asked)
+    columns, valid = _ranges(pair_starts, pair_lengths, num_columns, keys.shape[0])
+    return torch.where(valid, scores(z, keys)[pair_branch[:, None], columns], 0.0)
+
+
+def _ranges(starts: Tensor, lengths: Tensor, width: int, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Rows [.., width] of ranges, filled up with their last row, and which entries are real."""
+    place = torch.arange(width, device=starts.device)
+    inside = torch.minimum(place, (lengths[:, None] - 1).clamp_min(0))
+    # An empty range may start behind the last row.
+    return (starts[:, None] + inside).clamp_max(max(num_rows - 1, 0)), place < lengths[:, None]

@@ -1,0 +1,1 @@
+"""Which visual tokens a question keeps, from their scores."""
