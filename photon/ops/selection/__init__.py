@@ -1,0 +1,1 @@
+"""Selection: the rows that each branch takes along after pruning."""

@@ -1,0 +1,89 @@
+"""The backward of packing in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from photon.ops.compaction import reference as compaction
+
+if TYPE_CHECKING:
+    from photon.ops.surrogate.op import Places
+
+SIGMA_FLOOR = 3e-3
+STANDARDISED_LIMIT = 1.5
+MAGNITUDE_FLOOR = 1e-6
+MAGNITUDE_RANGE = (0.5, 2.0)
+SLOPE_FLOOR = 5e-3
+GAIN = 0.8
+
+
+def pack_backward(
+    grad: Tensor, context: Tensor, branch: Tensor, p: Tensor | None, places: Places, rule: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The registered operator's contract."""
+    num_context_rows = context.shape[0]
+    exact = torch.promote_types(grad.dtype, torch.float32)
+    total = grad.new_zeros(num_context_rows + branch.shape[0], grad.shape[1], dtype=exact)
+    if grad.is_cpu:
+        total.index_add_(0, places.rows, grad.to(exact))
+    else:
+        # On a GPU index_add_ adds in whatever order its atomics come; this one sorts first.
+        total.index_put_((places.rows,), grad.to(exact), accumulate=True)
+    # Copies: outputs of an operator share no memory.
+    grad_context, grad_branch = (half.to(grad.dtype, copy=True) for half in total.tensor_split([num_context_rows]))
+    if p is None:
+        return grad_context, grad_branch, grad.new_empty(0, 0, dtype=torch.float32)
+
+    (packed,) = compaction.compact([context], [branch], places.rows)
+    products = packed.float() * grad.float()
+    tokens, valid, is_taken = _outputs_of_tokens(p, places)
+    alignment, magnitude = (
+        torch.where(is_taken, x.sum(-1)[tokens], 0.0) if len(x) else torch.zeros_like(p)
+        for x in (products, products.abs())
+    )
+    return grad_context, grad_branch, probability_gradient(alignment, magnitude, p, valid, rule=rule)
+
+
+def _outputs_of_tokens(p: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
+    """Output row of each visual token (0 for none), which entries are tokens, and which of these were taken: [S, N]."""
+    columns = torch.arange(p.shape[1], device=p.device)
+    valid = columns < places.pair_lengths[:, None]
+    branch = places.pair_branch
+    first = places.entry_starts[branch] + places.pair_starts - places.context_starts[branch]
+    tokens = places.positions[torch.where(valid, first[:, None] + columns, 0)]
+    is_taken = valid & (tokens >= 0)
+    return torch.where(is_taken, tokens, 0), valid, is_taken
+
+
+def probability_gradient(alignment: Tensor, magnitude: Tensor, p: Tensor, valid: Tensor, *, rule: str) -> Tensor:
+    """Gradient on the keep probabilities, float32 [S, N].
+
+    With a_j = <x_j, g_j> standardised over the volume's visual tokens (biased, sigma floor 3e-3), clipped to
+    +-1.5 and r = 0.5 + 0.5 tanh(z), the direction is 0.5 - r; its size is the token's share of the mean
+    magnitude, within [0.5, 2], times max(p (1 - p), 5e-3) and 0.8.
+
+    Args:
+        alignment: [S, N] a_j, zero for dropped tokens.
+        magnitude: [S, N] sum_d |x_jd g_jd|, zero for dropped tokens.
+        p, valid: [S, N].
+        rule: "paper" uses +a and subtracts the mean direction; "taylor" uses -a, the first-order loss increase
+            of removing the token.
+    """
+    count = valid.sum(-1, keepdim=True).clamp_min(1)
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(valid, values, 0.0).sum(-1, keepdim=True) / count
+
+    signed = alignment if rule == "paper" else -alignment
+    centred = signed - mean(signed)
+    sigma = mean(centred.square()).sqrt().clamp_min(SIGMA_FLOOR)
+    z = (centred / sigma).clamp(-STANDARDISED_LIMIT, STANDARDISED_LIMIT)
+    direction = 0.5 - (0.5 + 0.5 * torch.tanh(z))
+    if rule == "paper":
+        direction = direction - mean(direction)
+    share = (magnitude / mean(magnitude).clamp_min(MAGNITUDE_FLOOR)).clamp(*MAGNITUDE_RANGE)
+    slope = (p * (1 - p)).clamp_min(SLOPE_FLOOR)
+    return torch.where(valid, GAIN * direction * share * slope, 0.0)
