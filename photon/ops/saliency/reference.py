@@ -29,16 +29,18 @@ def question_vector(q: Tensor, k: Tensor, valid: Tensor) -> Tensor:
         z: float32 [B, G, d], zero for an empty question.
     """
     num_heads, num_key_heads, head_dim = q.shape[2], k.shape[2], q.shape[3]
-    q, k = q.float(), k.float()
-    grouped = q.unflatten(2, (num_key_heads, num_heads // num_key_heads))
-    products = torch.einsum("bqgsd,btgd->bgsqt", grouped, k) / head_dim**0.5
-    size = q.shape[1]
-    others = valid[:, :, None] & valid[:, None, :] & ~torch.eye(size, dtype=torch.bool, device=q.device)
-    answered = torch.where(others[:, None, None], products.clamp_min(0.0), 0.0)
-    centrality = answered.sum(-1).mean((1, 2))
+    share = num_heads // num_key_heads
+    q, k = q.float().unflatten(2, (num_key_heads, share)), k.float()
+    # [B, G, d, s * Q] with the heads s of a key head side by side: one product of matrices a key head.
+    queries = q.permute(0, 2, 3, 1, 4).flatten(2, 3).transpose(2, 3)
+    products = (k.transpose(1, 2) @ queries).unflatten(3, (share, q.shape[1]))
+    others = valid[:, :, None] & valid[:, None, :] & ~torch.eye(q.shape[1], dtype=torch.bool, device=q.device)
+    answered = torch.where(others[:, None, :, None], products.relu(), 0.0)
+    centrality = answered.sum((1, 2, 3)) / (num_heads * head_dim**0.5)
     weights = centrality / centrality.sum(-1, keepdim=True).clamp_min(1.0)
-    weighted = torch.where(valid[:, :, None, None, None], grouped * weights[:, :, None, None, None], 0.0)
-    return weighted.sum((1, 3)) / (num_heads * head_dim**0.5)
+    asked = torch.where(valid[:, :, None, None], q.sum(3), 0.0)
+    z = (weights[:, None] @ asked.flatten(2)).squeeze(1).unflatten(1, (num_key_heads, head_dim))
+    return z / (num_heads * head_dim**0.5)
 
 
 @torch.no_grad()
@@ -66,7 +68,7 @@ def saliency(
     """Raw scores float32 [S, N] of packed branches; see :func:`photon.ops.saliency.op.saliency`."""
     # A masked NaN of another branch would still be NaN times zero: padding repeats a row of the question itself.
     rows, asked = _ranges(own_starts, question_lengths, longest_question, q.shape[0])
-    z = question_vector(q[rows], k[rows], asked)
+    z = question_vector(*(x.index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in (q, k)), asked)
     columns, valid = _ranges(pair_starts, pair_lengths, num_columns, keys.shape[0])
     return torch.where(valid, scores(z, keys)[pair_branch[:, None], columns], 0.0)
 
