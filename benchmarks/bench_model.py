@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import set_kept_share, typical_first, write_results
 
 from photon.config import PhotonConfig, PruningConfig, VisionConfig
-from photon.generate import generate
+from photon.generate import generate, last_rows
 from photon.grid import patchify
 from photon.model.network import PATCH_EMBEDDING, Photon
 from photon.model.packing import IGNORE_INDEX, Branch, Context, PackedBatch, pack_batch
@@ -127,7 +127,7 @@ class Contender:
         batch = self.batch(numbers)
         with torch.no_grad():
             output = self.model(batch, "full" if self.keep_all else "hard")
-            return self.model.logits(output.hidden[output.branch_rows[batch.branch_lengths.cumsum(0) - 1]])
+            return self.model.logits(output.hidden[last_rows(batch, output)])
 
     def train(self) -> None:
         """Forward and backward of one question and answer."""

@@ -37,7 +37,7 @@ from torch import Tensor  # noqa: E402
 from photon.config import PhotonConfig, qwen2_5_vl_3b  # noqa: E402
 from photon.device import choose_device  # noqa: E402
 from photon.errors import PhotonError  # noqa: E402
-from photon.generate import ask_batch, decode  # noqa: E402
+from photon.generate import ask_batch, decode, last_rows  # noqa: E402
 from photon.grid import patchify  # noqa: E402
 from photon.model.network import Photon  # noqa: E402
 from photon.model.packing import IGNORE_INDEX, Branch, Context, PackedBatch, pack_batch  # noqa: E402
@@ -157,7 +157,7 @@ class Contender:
     def first_logits(self, batch: PackedBatch) -> Tensor:
         """Logits [B, vocabulary] of the first answer tokens; without pruning the scan is shared through all layers."""
         output = self.model(batch, "full" if self.keep_all else "hard")
-        return self.model.logits(output.hidden[output.branch_rows[batch.branch_lengths.cumsum(0) - 1]])
+        return self.model.logits(output.hidden[last_rows(batch, output)])
 
     def build(self) -> dict[str, Any]:
         """Build the model and move a first batch."""

@@ -22,6 +22,10 @@ Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where mode
 Precision = Annotated[
     Literal["float32", "bfloat16"], typer.Option(help="Of the arithmetic; bfloat16 is faster on a GPU.")
 ]
+Backend = Annotated[
+    Literal["auto", "reference", "triton"],
+    typer.Option(help="Pruning operators: fused kernels or plain PyTorch; auto: kernels on a GPU that runs them."),
+]
 Track = Annotated[bool, typer.Option("--track/--no-track", help="Log the run to MLflow.")]
 
 
@@ -50,6 +54,7 @@ def train(
     ] = None,
     device: Device = "auto",
     precision: Precision = "float32",
+    backend: Backend = "auto",
     recompute: Annotated[
         bool,
         typer.Option("--recompute/--no-recompute", help="Compute activations twice to save memory; same results."),
@@ -88,6 +93,7 @@ def train(
             data_version=version,
             start_from=start_from,
             device=device,
+            backend=backend,
             checkpoint_activations=recompute,
             tracker=tracker,
             on_progress=on_progress,
@@ -115,6 +121,7 @@ def evaluate(
     ] = "generation",
     device: Device = "auto",
     precision: Precision = "float32",
+    backend: Backend = "auto",
     track: Track = True,
 ) -> None:
     """Score a checkpoint beside all tokens, text alone and the majority answer.
@@ -139,6 +146,7 @@ def evaluate(
             closed_by=closed_by,
             device=device,
             precision=precision,
+            backend=backend,
             tracker=tracker,
             on_progress=on_progress,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,18 +45,18 @@ class Cache:
         return Cache(F.pad(self.k, padding), F.pad(self.v, padding), self.mask)
 
 
-def build_cache(layers: Iterable[KeyValue], lengths: Tensor, *, room: int = 0) -> Cache:
+def build_cache(layers: Iterable[KeyValue], lengths: Sequence[int], *, room: int = 0) -> Cache:
     """Lay packed keys and values [R, G, d] of every layer out per branch.
 
     Args:
         layers: keys and values of each layer, rows branch after branch.
-        lengths: int64 [B] rows of each branch.
+        lengths: [B] rows of each branch.
         room: columns to leave free for tokens still to come.
     """
     # Columns without a row repeat one of the same branch: a masked number still meets a weight of zero, so
     # another branch's NaN must not stand there.
-    rows, mask = padded_rows(starts_of(lengths), lengths)
     layers = tuple(layers)
+    rows, mask = padded_rows(starts_of(lengths), lengths, layers[0].k.device)
     shape = (len(layers), *rows.shape, *layers[0].k.shape[1:])
     k, v = (layers[0].k.new_zeros((*shape[:2], shape[2] + room, *shape[3:])) for _ in range(2))
     for index, state in enumerate(layers):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from photon.errors import PhotonError
 
@@ -25,3 +28,16 @@ def choose_device(name: str) -> torch.device:
         remedy = "Use auto or cpu, or install a driver and a PyTorch for CUDA."
         raise PhotonError("GPU_UNAVAILABLE", name, fact, remedy)
     return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on ``device``, without waiting for what a GPU still has to do."""
+    if device.type != "cuda":
+        return x.to(device)
+    # A plain copy waits for the GPU; one from memory that stays in place does not.
+    return x.pin_memory().to(device, non_blocking=True)
+
+
+def column(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
+    """Numbers of the host on ``device``, without waiting for it: [n]."""
+    return to_device(torch.tensor(values, dtype=dtype), device)

@@ -5,8 +5,8 @@
   number of rows after it depends on the data.
 * decode: one answer token further.
 
-Each is a module over plain tensors whose arithmetic is the model's own; only the attention takes a mask instead
-of ranges of rows.
+Each is a module over plain tensors whose arithmetic is the model's own (the plain-PyTorch one of the pruning
+operators); only the attention takes a mask instead of ranges of rows.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from photon import scheduling
 from photon.decoding import Cache, decode_step_functional
 from photon.model.attention import BlockAttention
 from photon.model.network import Photon
+from photon.ops.saliency.reference import question_vector, scores
+from photon.ops.schedule.reference import decide
 
 
 class ScanGraph(nn.Module):
@@ -105,9 +106,9 @@ class QuestionGraph(nn.Module):
             states.append(state)
 
         shape = (num_branches, length)
-        z = scheduling.question_vector(states[-1].q.unflatten(0, shape), states[-1].k.unflatten(0, shape), question)
-        u = scheduling.saliency(z, keys[-1].index_select(0, visual_rows)[None].expand(num_branches, -1, -1, -1))
-        kept = scheduling.schedule(u, torch.ones_like(u, dtype=torch.bool), model.model.predictor).keep
+        z = question_vector(states[-1].q.unflatten(0, shape), states[-1].k.unflatten(0, shape), question)
+        u = scores(z, keys[-1].index_select(0, visual_rows))
+        kept = self._decided(u)
 
         rows, cache_mask = self._kept_rows(kept, visual_rows, is_text, branch_valid)
         positions = torch.cat([context_positions, branch_positions.flatten().expand(3, -1)], dim=1)
@@ -129,6 +130,18 @@ class QuestionGraph(nn.Module):
             torch.stack(cache_v).unflatten(1, blocks),
             cache_mask,
         )
+
+    def _decided(self, u: Tensor) -> Tensor:
+        predictor = self.model.model.predictor
+        decision, _ = decide(
+            u,
+            torch.ones_like(u, dtype=torch.bool),
+            predictor.weights,
+            scale=predictor.config.threshold_scale,
+            temperature=predictor.config.temperature,
+            min_tokens=predictor.config.min_tokens,
+        )
+        return decision.keep
 
     @staticmethod
     def _kept_rows(kept: Tensor, visual_rows: Tensor, is_text: Tensor, branch_valid: Tensor) -> tuple[Tensor, Tensor]:

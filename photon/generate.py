@@ -17,8 +17,9 @@ from torch import Tensor
 
 from photon.decoding import Cache, build_cache, decode_step
 from photon.errors import PhotonError
-from photon.model.network import ContextState, Output, Photon
+from photon.model.network import Output, Photon
 from photon.model.packing import Branch, Context, PackedBatch, pack_batch
+from photon.model.pruning import EncodedRows
 from photon.sampling import AnswerDecoder, Generated, OnToken, Sampling
 
 
@@ -28,11 +29,11 @@ class EncodedScan:
 
     Attributes:
         context: token ids and grids; the patches, no longer needed, are gone.
-        state: output rows [P, D] of the pruning layer, and keys and values [P, G, d] of the layers up to it.
+        state: output rows [P, D] of the pruning layer, rotary table, keys and values [P, G, d] of the layers up to it.
     """
 
     context: Context
-    state: ContextState
+    state: EncodedRows
 
 
 @dataclass(frozen=True)
@@ -170,20 +171,25 @@ def generate(
 
 def last_rows(batch: PackedBatch, output: Output) -> Tensor:
     """Row of `output.hidden` that predicts the first answer token of each branch, int64 [B]."""
-    return output.branch_rows[batch.branch_lengths.cumsum(0) - 1]
+    return output.branch_rows[_ends(batch)]
 
 
-def _read(model: Photon, batch: PackedBatch, state: ContextState, *, keep_all: bool, room: int) -> Prompted:
+def _read(model: Photon, batch: PackedBatch, state: EncodedRows, *, keep_all: bool, room: int) -> Prompted:
     output = model.run_branches(batch, state, "full" if keep_all else "hard", with_layers=True)
     assert output.layers is not None and output.layer_lengths is not None
     return Prompted(
         logits=model.logits(output.hidden[last_rows(batch, output)]),
         # The last token needs no column of its own.
         cache=build_cache(output.layers, output.layer_lengths, room=max(room - 1, 0)),
-        positions=batch.branch_positions[0, batch.branch_lengths.cumsum(0) - 1],
+        positions=batch.branch_positions[0, _ends(batch)],
         # The cache has the layers, and a scan that was run through all of them need not be held twice.
         output=dataclasses.replace(output, layers=None, context=state),
     )
+
+
+def _ends(batch: PackedBatch) -> Tensor:
+    """Last row of each branch among all branch rows, int64 [B]."""
+    return batch.layout.own_starts + batch.layout.own_lengths - 1
 
 
 def _num_shared_layers(model: Photon) -> int:

@@ -16,8 +16,8 @@ from torch import Tensor
 from photon.checkpoint import load_tensors
 from photon.config import PhotonConfig
 from photon.errors import PhotonError
-from photon.model.network import Mode
 from photon.model.packing import Branch, Context, PackedBatch, pack_batch, split_prompt
+from photon.model.pruning import Mode
 from photon.training.stages import Stage
 
 INPUTS = ("input_ids", "labels", "pixel_values", "grid_thw")

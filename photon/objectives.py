@@ -14,8 +14,8 @@ def answer_targets(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
 
     A token is predicted by the row before it in the same branch; a branch's first token by nothing here.
     """
-    branches = torch.arange(batch.branch_lengths.shape[0], device=batch.labels.device)
-    branch = torch.repeat_interleave(branches, batch.branch_lengths, output_size=batch.labels.shape[0])
+    branches = torch.arange(len(batch.branch_lengths), device=batch.labels.device)
+    branch = torch.repeat_interleave(branches, batch.layout.own_lengths, output_size=batch.labels.shape[0])
     is_first = torch.ones_like(branch, dtype=torch.bool)
     is_first[1:] = branch[1:] != branch[:-1]
     places = ((batch.labels != IGNORE_INDEX) & ~is_first).nonzero().flatten()

@@ -18,10 +18,13 @@ from photon import golden, objectives
 from photon.checkpoint import read_model
 from photon.golden import MODES, GoldenSample, Tensors, invalid_cases
 from photon.model.decoder import QueryKeyValue
-from photon.model.network import ContextState, Output, Photon
+from photon.model.network import Output, Photon
 from photon.model.packing import PackedBatch
+from photon.model.pruning import EncodedRows
+from photon.ops.layout import Layout
+from photon.ops.selection.op import select_rows
+from photon.ops.surrogate.op import pack
 from photon.scheduling import Schedule
-from photon.surrogate import pack
 from photon.training.step import TrainingBatch, compute_loss
 from photon.weights import public_name
 
@@ -132,9 +135,11 @@ def _sample_rows(model: Photon, sample: GoldenSample, path: Path) -> Iterator[Pa
 def _mask_rows(sample: GoldenSample, batch: PackedBatch) -> Iterator[ParityRow]:
     """Where the visual and the question tokens are. A prompt without a volume asks no volume."""
     before = torch.zeros(batch.context_ids.shape[0], dtype=torch.bool)
+    place = torch.arange(batch.branch_ids.shape[0])
+    is_question = (place < batch.layout.question_lengths[0]) & bool(batch.grids)
     ours = {
-        "vision_mask": torch.cat([before.index_fill(0, batch.visual_rows, True), batch.question & False]),
-        "question_mask": torch.cat([before, batch.question & bool(batch.grids)]),
+        "vision_mask": torch.cat([before.index_fill(0, batch.visual_rows, True), is_question & False]),
+        "question_mask": torch.cat([before, is_question]),
     }
     for name in golden.MASKS:
         if name in sample.inputs:
@@ -143,7 +148,7 @@ def _mask_rows(sample: GoldenSample, batch: PackedBatch) -> Iterator[ParityRow]:
 
 
 @torch.no_grad()
-def _forward(model: Photon, batch: PackedBatch, early: ContextState, mode: str) -> Output:
+def _forward(model: Photon, batch: PackedBatch, early: EncodedRows, mode: str) -> Output:
     if MODES[mode].forward == "full":
         return model(batch, "full")
     flip = torch.tensor([True]) if mode == "flip" else None
@@ -152,7 +157,7 @@ def _forward(model: Photon, batch: PackedBatch, early: ContextState, mode: str) 
 
 @torch.no_grad()
 def _forward_values(
-    model: Photon, batch: PackedBatch, early: ContextState, shared: QueryKeyValue, output: Output
+    model: Photon, batch: PackedBatch, early: EncodedRows, shared: QueryKeyValue, output: Output
 ) -> dict[str, Tensor]:
     """Our numbers in the golden layout, as far as they need no training; ``shared`` is of the pruning layer."""
     is_shared = output.selection is None
@@ -244,14 +249,22 @@ def _operator_rows(name: str, tensors: dict[str, Tensor], path: Path) -> Iterato
     taken = presence | ~is_visual
     if grad_out.shape != (len(x), int(taken.sum(1).max()), x.shape[-1]):
         raise invalid_cases(path, f"grad_out of the operator {name} does not fit what is kept.")
-    counts = is_visual.sum(1)
-    valid = torch.arange(int(counts.max())) < counts[:, None]
+    # Each row of the cases is a context. Its visual tokens may stand anywhere between the text, and ours in one piece:
+    # rows change places on the way in and back on the way out.
+    order = torch.cat([torch.argsort(~row, stable=True) + n * x.shape[1] for n, row in enumerate(is_visual)])
+    nothing = [0] * len(x)
+    volumes = [[(0, count)] for count in is_visual.sum(1).tolist()]
+    layout = Layout.build([x.shape[1]] * len(x), volumes, nothing, nothing, range(len(x)))
+    valid = torch.arange(layout.num_columns) < layout.pair_lengths[:, None]
     dense = torch.zeros(valid.shape).masked_scatter(valid, p[is_visual]).requires_grad_()
-    slots = torch.full(p.shape, -1).masked_scatter(is_visual, valid.flatten().nonzero().flatten())
-    is_real = torch.arange(grad_out.shape[1]) < taken.sum(1)[:, None]
+    keep = torch.zeros(valid.shape, dtype=torch.bool).masked_scatter(valid, presence[is_visual])
+    selection = select_rows(keep, layout)
+    back = torch.argsort(order[selection.rows])
+    is_real = torch.arange(grad_out.shape[1]) < selection.lengths[:, None]
 
     flat = x.flatten(0, 1).requires_grad_()
-    out = pack(flat, dense, taken.flatten().nonzero().flatten(), slots[taken], valid, rule=golden.OPERATORS[name])
+    nobody = flat.new_zeros(0, x.shape[-1])
+    out = pack(flat[order], nobody, dense, selection, layout, rule=golden.OPERATORS[name])[back]
     grad_x, grad_p = torch.autograd.grad(out, (flat, dense), grad_out[is_real])
     ours = {
         "y": torch.zeros(grad_out.shape).masked_scatter(is_real[:, :, None], out.detach()),

@@ -25,6 +25,7 @@ from pipelines.tracking import NullTracker, Tracker
 from pipelines.volumes import read_volume
 
 if TYPE_CHECKING:
+    from photon.ops.backend import Backend
     from photon.training.loop import Precision
     from pipelines.predict import ClosedBy
 
@@ -48,6 +49,7 @@ def evaluate(
     closed_by: ClosedBy = "generation",
     device: str = "cpu",
     precision: Precision = "float32",
+    backend: Backend = "auto",
     tracker: Tracker | None = None,
     on_progress: Progress | None = None,
     open_answerer: OpenAnswerer | None = None,
@@ -67,6 +69,7 @@ def evaluate(
         closed_by: whether models answer closed questions in their own words or by the likeliest option.
         device: where models run: "cpu", "cuda" or "auto".
         precision: of weights and arithmetic, "float32" or "bfloat16".
+        backend: implementation of the pruning operators, "auto", "reference" or "triton".
         tracker: gets the summary numbers and the record; default none.
         on_progress: called with scans done, scans in all and the scan just done.
         open_answerer: what opens a model; default :class:`pipelines.predict.TorchAnswerer`.
@@ -90,7 +93,7 @@ def evaluate(
             "Choose a split that has questions, and preprocess its scans first.",
         )
     open_answerer = open_answerer or functools.partial(
-        _open_torch_answerer, closed_by=closed_by, device=device, precision=precision
+        _open_torch_answerer, closed_by=closed_by, device=device, precision=precision, backend=backend
     )
     answerers: dict[str, Answerer] = {
         "photon": open_answerer(checkpoint, "photon"),
@@ -197,8 +200,10 @@ def _unasked_shares(
 
 
 def _open_torch_answerer(
-    checkpoint: Path, policy: str, *, closed_by: ClosedBy, device: str, precision: Precision
+    checkpoint: Path, policy: str, *, closed_by: ClosedBy, device: str, precision: Precision, backend: Backend
 ) -> Answerer:
     from pipelines.predict import TorchAnswerer  # torch is slow to import, and tests need no model
 
-    return TorchAnswerer(checkpoint, policy=policy, closed_by=closed_by, device=device, precision=precision)
+    return TorchAnswerer(
+        checkpoint, policy=policy, closed_by=closed_by, device=device, precision=precision, backend=backend
+    )

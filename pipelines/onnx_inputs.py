@@ -12,7 +12,7 @@ import torch
 
 from photon.config import PhotonConfig
 from photon.grid import patch_coordinates, patch_rows, window_ids
-from photon.model.packing import Context, context_positions, question_mask
+from photon.model.packing import Context, context_positions, num_question_tokens
 
 GRAPHS = ("scan", "question", "decode")
 
@@ -93,7 +93,7 @@ def question_inputs(
     for row, branch in enumerate(branches):
         ids[row, : branch.numel()] = branch.numpy()
         valid[row, : branch.numel()] = True
-        asked[row, : branch.numel()] = question_mask(branch, config.eos_token_id).numpy()
+        asked[row, : num_question_tokens(branch, config.eos_token_id)] = True
     is_text = np.ones(context.input_ids.numel(), bool)
     is_text[_visual_rows(context, config)] = False
     return {

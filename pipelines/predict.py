@@ -16,6 +16,7 @@ from photon.errors import PhotonError
 from photon.generate import Prompted, ask, decode, encode_scan
 from photon.grid import num_visual_tokens
 from photon.likelihood import option_log_likelihoods
+from photon.ops.backend import Backend, resolve
 from photon.training.loop import Precision
 from pipelines.answers import MAX_ANSWER_TOKENS, Answer
 from pipelines.dataset import empty_context, scan_context
@@ -48,6 +49,7 @@ class TorchAnswerer:
         max_branches: int = MAX_BRANCHES,
         device: str = "cpu",
         precision: Precision = "float32",
+        backend: Backend = "auto",
     ) -> None:
         """Open a checkpoint folder.
 
@@ -57,10 +59,12 @@ class TorchAnswerer:
             max_branches: questions that run at a time; a matter of memory and time, not of the answers.
             device: "cpu", "cuda" or "auto".
             precision: of weights and arithmetic, whatever the files hold; "bfloat16" halves the memory.
+            backend: implementation of the pruning operators, "auto", "reference" or "triton".
 
         Raises:
             PhotonError: ``POLICY_UNKNOWN``, ``GENERATION_INVALID``, ``PRECISION_UNKNOWN``, ``GPU_UNAVAILABLE``,
-                ``DEVICE_UNKNOWN``, and whatever reading the weights, the configuration or the tokenizer raises.
+                ``DEVICE_UNKNOWN``, ``BACKEND_UNAVAILABLE``, ``BACKEND_UNKNOWN``, and whatever reading the weights, the
+                configuration or the tokenizer raises.
         """
         if policy not in POLICIES:
             raise PhotonError("POLICY_UNKNOWN", policy, f"it is not one of {POLICIES}.", "Choose one of them.")
@@ -71,7 +75,10 @@ class TorchAnswerer:
             fact = f"it is not one of {get_args(Precision)}."
             raise PhotonError("PRECISION_UNKNOWN", precision, fact, "Choose one of them.")
         self.policy, self.closed_by, self.max_branches = policy, closed_by, max_branches
-        self.model = read_model(checkpoint, dtype=_DTYPES[precision], device=choose_device(device))
+        place = choose_device(device)
+        resolve(backend, place)  # what cannot run is refused before a scan is read
+        self.model = read_model(checkpoint, dtype=_DTYPES[precision], device=place)
+        self.model.backend = backend
         self.prompter = Prompter.read(checkpoint / TOKENIZER)
 
     def answer(self, volume: Volume | None, questions: Sequence[Question]) -> list[Answer]:

@@ -14,7 +14,9 @@ import torch
 from photon import objectives
 from photon.checkpoint import replace_folder, write_model
 from photon.device import choose_device
-from photon.model.network import Mode, Photon
+from photon.model.network import Photon
+from photon.model.pruning import Mode
+from photon.ops.backend import Backend, resolve
 from photon.training.loop import StepReport, Trainer
 from photon.training.pretrain import pretrain_vision
 from photon.training.stages import MODES, Stage, StageSchedule
@@ -39,6 +41,7 @@ def train(
     data_version: str,
     start_from: Path | None = None,
     device: str = "cpu",
+    backend: Backend = "auto",
     checkpoint_activations: bool = False,
     tracker: Tracker | None = None,
     on_progress: Progress | None = None,
@@ -56,16 +59,19 @@ def train(
         start_from: checkpoint folder whose weights and tokenizer both models start with; its content is part of the
             run's identity. None for the tiny model from scratch.
         device: "cpu", "cuda" or "auto"; no part of the run's identity, so it may change from start to start.
+        backend: implementation of the pruning operators, "auto", "reference" or "triton"; they agree to rounding, and
+            so it is no part of the run's identity.
         checkpoint_activations: compute a layer's inner values again in the backward pass instead of keeping them; less
             memory, more time, the same numbers, and so no part of the run's identity either.
 
     Raises:
         PhotonError: ``OUTPUT_UNWRITABLE``, ``OUTPUT_BUSY``, ``SPLIT_EMPTY``, ``CHECKPOINT_MISMATCH``,
-            ``TRAINING_DIVERGED``, ``GPU_UNAVAILABLE``, ``DEVICE_UNKNOWN`` and whatever reading the data or
-            ``start_from`` raises.
+            ``TRAINING_DIVERGED``, ``GPU_UNAVAILABLE``, ``DEVICE_UNKNOWN``, ``BACKEND_UNAVAILABLE``, ``BACKEND_UNKNOWN``
+            and whatever reading the data or ``start_from`` raises.
     """
     started = time.perf_counter()
     place = choose_device(device)
+    operators = resolve(backend, place)
     prepare_output_folder(output)
     with lock_output(output):
         tracker = tracker or NullTracker()
@@ -73,7 +79,9 @@ def train(
         texts = _texts(scans)
         start = start_from_scratch(texts) if start_from is None else start_from_checkpoint(start_from, texts)
         identity = {"model": start.config.to_hf(), "data_version": data_version, "start_digest": start.digest}
-        tracker.log_hyperparameters({**dataclasses.asdict(spec), **identity, "device": place.type})
+        tracker.log_hyperparameters(
+            {**dataclasses.asdict(spec), **identity, "device": place.type, "operators": operators}
+        )
         run = _Run(
             spec,
             start,
@@ -85,6 +93,7 @@ def train(
             on_progress,
             data_version,
             place,
+            backend,
             checkpoint_activations,
         )
         model = run.train_model()
@@ -123,6 +132,7 @@ class _Run:
     on_progress: Progress | None
     data_version: str
     device: torch.device
+    backend: Backend
     checkpoint_activations: bool
 
     @property
@@ -207,7 +217,7 @@ class _Run:
         parts = (self.spec.digest(), self.start.config.digest(), self.data_version, state, self.start.digest)
         digest = hashlib.sha256(" ".join(filter(None, parts)).encode()).hexdigest()[:12]
         model, initialised = self.start.build_model(self.spec.seed, self.device)
-        model.checkpoint_activations = self.checkpoint_activations
+        model.backend, model.checkpoint_activations = self.backend, self.checkpoint_activations
         trainer = Trainer(model, schedule, self.spec.optimiser, run_digest=digest)
         trainer.restore(self.output / state)
         return trainer, initialised
@@ -230,7 +240,7 @@ def validate(model: Photon, sources: Sequence[BatchSource], stage: Stage) -> flo
         output = model(batch, mode)
         rows, targets, branch = objectives.answer_targets(batch)
         is_right = model.logits(output.hidden[output.branch_rows[rows]]).argmax(-1) == targets
-        ones = torch.ones(batch.branch_lengths.shape[0], device=device)
+        ones = torch.ones(len(batch.branch_lengths), device=device)
         all_right.append(ones.scatter_reduce(0, branch, is_right.float(), "amin"))
     return float(torch.cat(all_right).mean())
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from photon.device import column, to_device
+
 MAX_MASK_ENTRIES = 2**24
 """Segments that need a mask are laid side by side up to this many entries; longer ones stand alone."""
 SIMILAR = 1.25
@@ -32,21 +34,22 @@ class Attention(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
-def starts_of(lengths: Tensor) -> Tensor:
+def starts_of(lengths: Sequence[int]) -> list[int]:
     """First row of each segment when segments of these lengths lie one after another."""
-    return lengths.cumsum(0) - lengths
+    return [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
 
 
-def padded_rows(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+def padded_rows(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Row indices [S, Lmax] of segments, and which of them are real.
 
     The others repeat a segment's first row (row 0 for an empty segment): a masked number still meets a weight of
     zero, and zero times another segment's NaN would be NaN.
     """
-    span = torch.arange(int(lengths.max()) if lengths.numel() else 0, device=lengths.device)
-    valid = span < lengths[:, None]
-    first = torch.where(lengths > 0, starts, 0)
-    return torch.where(valid, starts[:, None] + span, first[:, None]), valid
+    length = column(lengths, device)[:, None]
+    first = column([start if length else 0 for start, length in zip(starts, lengths, strict=True)], device)[:, None]
+    span = torch.arange(max(lengths, default=0), device=device)
+    valid = span < length
+    return torch.where(valid, first + span, first), valid
 
 
 @dataclass(frozen=True)
@@ -95,27 +98,29 @@ class RaggedAttention:
     @classmethod
     def build(
         cls,
-        q_lengths: Tensor,
+        q_lengths: Sequence[int],
         *,
-        k_starts: Tensor,
-        k_lengths: Tensor,
-        shared_starts: Tensor | None = None,
-        shared_lengths: Tensor | None = None,
+        k_starts: Sequence[int] | None = None,
+        k_lengths: Sequence[int] | None = None,
+        shared_starts: Sequence[int] | None = None,
+        shared_lengths: Sequence[int] | None = None,
+        device: torch.device,
         is_causal: bool,
     ) -> RaggedAttention:
         """Describe segments whose query rows lie one after another.
 
         Args:
-            q_lengths: [S] query rows of each segment.
-            k_starts, k_lengths: [S] the segment's own range of key rows.
-            shared_starts, shared_lengths: [S] an optional range of key rows before it (a shared scan prefix).
+            q_lengths: query rows of each segment.
+            k_starts, k_lengths: the segment's own range of key rows; None when it is the range of its query rows.
+            shared_starts, shared_lengths: an optional range of key rows before it (a shared scan prefix).
             is_causal: whether the last query sees every key, the one before it one key less, and so on.
         """
-        if shared_starts is None or shared_lengths is None:
-            shared_starts = shared_lengths = torch.zeros_like(k_starts)
-        columns = (starts_of(q_lengths), q_lengths, shared_starts, shared_lengths, k_starts, k_lengths)
-        table = torch.stack([column.long() for column in columns], dim=1).tolist()
-        return cls([Segment(*row) for row in table], q_lengths.device, is_causal=is_causal)
+        q_starts, none = starts_of(q_lengths), [0] * len(q_lengths)
+        columns = (
+            *(q_starts, q_lengths, shared_starts or none, shared_lengths or none),
+            *(q_starts if k_starts is None else k_starts, q_lengths if k_lengths is None else k_lengths),
+        )
+        return cls([Segment(*row) for row in zip(*columns, strict=True)], device, is_causal=is_causal)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not self.segments:
@@ -161,27 +166,33 @@ class _Block:
 
     @classmethod
     def build(cls, group: Sequence[Segment], device: torch.device, *, is_causal: bool) -> _Block:
-        def column(values: Iterator[int]) -> Tensor:
-            return torch.tensor(list(values), device=device)
-
-        q_lengths = column(s.q_length for s in group)
-        q_rows, q_valid = padded_rows(column(s.q_start for s in group), q_lengths)
-        real = q_valid.flatten().nonzero().flatten()
-        shared_start, shared = column(s.shared_start for s in group), column(s.shared_length for s in group)
-        k_start, total = column(s.k_start for s in group), column(s.num_keys for s in group)
-        span = torch.arange(int(total.max()), device=device)
-        k_valid = span < total[:, None]
-        seen = torch.where(span < shared[:, None], shared_start[:, None], (k_start - shared)[:, None]) + span
+        q_lengths, totals = [s.q_length for s in group], [s.num_keys for s in group]
+        q_rows, q_valid = padded_rows([s.q_start for s in group], q_lengths, device)
+        rows = torch.cat([torch.arange(s.q_start, s.q_start + s.q_length) for s in group])
+        places = torch.cat([torch.arange(s.q_length) + n * q_rows.shape[1] for n, s in enumerate(group)])
+        shared_start, shared, k_start, total = (
+            column(values, device)[:, None]
+            for values in (
+                [s.shared_start for s in group],
+                [s.shared_length for s in group],
+                [s.k_start for s in group],
+                totals,
+            )
+        )
+        span = torch.arange(max(totals), device=device)
+        k_valid = span < total
+        seen = torch.where(span < shared, shared_start, k_start - shared) + span
         k_rows = torch.where(k_valid, seen, seen[:, :1])
         mask = None
         if len({s.shape for s in group}) > 1 or (is_causal and not group[0].is_square):
             mask = k_valid[:, None, :].expand(-1, q_rows.shape[1], -1)
             if is_causal:
-                last = torch.arange(q_rows.shape[1], device=device) + (total - q_lengths)[:, None]
+                last = torch.arange(q_rows.shape[1], device=device) + total - column(q_lengths, device)[:, None]
                 mask = mask & (span <= last[:, :, None])
             # A padded query may look at everything: its output is discarded, and a softmax over nothing is NaN.
             mask = (mask | ~q_valid[:, :, None])[:, None]
-        return cls(q_rows, k_rows, mask, is_causal and mask is None, real, q_rows.flatten()[real])
+        is_triangle = is_causal and mask is None
+        return cls(q_rows, k_rows, mask, is_triangle, to_device(places, device), to_device(rows, device))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Output rows of the block's segments, one after another."""
@@ -210,11 +221,11 @@ class _Varlen:
     @classmethod
     def build(cls, segments: Sequence[Segment], device: torch.device) -> _Varlen:
         def bounds(lengths: list[int]) -> Tensor:
-            return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+            return column([0, *accumulate(lengths)], device, torch.int32)
 
         q_lengths, k_lengths = [s.q_length for s in segments], [s.num_keys for s in segments]
         own = all(s.shared_length == 0 and s.k_start == s.q_start and s.k_length == s.q_length for s in segments)
-        rows = None if own else torch.cat([s.key_rows() for s in segments]).to(device)
+        rows = None if own else to_device(torch.cat([s.key_rows() for s in segments]), device)
         return cls(bounds(q_lengths), bounds(k_lengths), rows, max(q_lengths), max(k_lengths))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from photon.config import PhotonConfig
 from photon.model.attention import Attention
-from photon.model.layers import GatedMLP, RMSNorm, rotary_table, rotate
+from photon.model.layers import GatedMLP, RMSNorm, Rotary, rotary_table, rotate
 from photon.scheduling import ThresholdPredictor
 
 
@@ -45,7 +45,7 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, width)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], attend: Attention) -> tuple[Tensor, QueryKeyValue]:
+    def forward(self, x: Tensor, table: Rotary, attend: Attention) -> tuple[Tensor, QueryKeyValue]:
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -63,7 +63,7 @@ class DecoderLayer(nn.Module):
         self.self_attn = SelfAttention(config)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], attend: Attention) -> tuple[Tensor, QueryKeyValue]:
+    def forward(self, x: Tensor, table: Rotary, attend: Attention) -> tuple[Tensor, QueryKeyValue]:
         attended, state = self.self_attn(self.input_layernorm(x), table, attend)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), state
@@ -96,7 +96,7 @@ class Decoder(nn.Module):
         assert isinstance(pruning, AdaptivePruning)
         return pruning.predictor
 
-    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def rotary(self, positions: Tensor) -> Rotary:
         """Rotary table for positions [3, T]: each frequency pair turns with the axis its section names."""
         half = self.config.head_dim // 2
         exponent = torch.arange(half, dtype=torch.float32, device=positions.device) / half

@@ -37,13 +37,17 @@ class GatedMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def rotary_table(angles: Tensor) -> tuple[Tensor, Tensor]:
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines of rows, [T, 1, d] each."""
+
+
+def rotary_table(angles: Tensor) -> Rotary:
     """Cosine and sine [T, 1, d] for angles [T, d/2]; dimensions i and i + d/2 rotate together."""
     doubled = torch.cat([angles, angles], dim=-1).unsqueeze(-2)
     return doubled.cos(), doubled.sin()
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, table: Rotary) -> Tensor:
     """Apply a rotary table to [T, heads, d], in float32, returning the input's dtype."""
     cos, sin = table
     wide = x.float()

@@ -7,36 +7,26 @@ has its own copy of the context rows it kept, followed by its own rows.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from photon import scheduling
 from photon.config import PhotonConfig
-from photon.model.attention import Attention, RaggedAttention, padded_rows, starts_of
+from photon.model.attention import Attention, RaggedAttention, starts_of
 from photon.model.decoder import Decoder, KeyValue, QueryKeyValue, SelfAttention
-from photon.model.layers import maybe_checkpoint
+from photon.model.layers import Rotary, maybe_checkpoint
 from photon.model.packing import PackedBatch
-from photon.model.selection import Selection, select_rows, visual_tokens_of, volumes_of_branches
+from photon.model.pruning import EncodedRows, Mode, decide, kept_tokens, take_layers, take_rows
 from photon.model.vision import VisionTower
+from photon.ops.backend import Backend
+from photon.ops.selection.op import Selection, select_rows
 from photon.scheduling import Schedule
-from photon.surrogate import pack
 
 INITIAL_SHARPNESS = 1.5
 PATCH_EMBEDDING = "visual.vision_patch_embed.proj.weight"
 LAST_THRESHOLD_BIAS = ".atp.predictor.mlp.2.bias"
-Mode = Literal["full", "soft", "hard"]
-
-
-@dataclass(frozen=True)
-class ContextState:
-    """Encoded contexts: output rows [Tc, D] of the last layer run, keys and values of every layer run."""
-
-    hidden: Tensor
-    layers: tuple[KeyValue, ...]
 
 
 @dataclass(frozen=True)
@@ -49,7 +39,7 @@ class Output:
         schedule: the pruning decision; None when there is no visual token.
         selection: rows after pruning; None when contexts stayed shared.
         layers: each layer's keys and values, all rows a branch sees, branch after branch; None unless asked.
-        layer_lengths: int64 [B] rows of each branch in `layers`; None unless asked.
+        layer_lengths: rows of each branch in `layers`; None unless asked.
         context: the encoded contexts.
         pruning_layer: branch rows' output [Tb, D] and attention state at the pruning layer.
     """
@@ -59,16 +49,21 @@ class Output:
     schedule: Schedule | None
     selection: Selection | None
     layers: tuple[KeyValue, ...] | None
-    layer_lengths: Tensor | None
-    context: ContextState
+    layer_lengths: tuple[int, ...] | None
+    context: EncodedRows
     pruning_layer: tuple[Tensor, QueryKeyValue]
 
 
 class Photon(nn.Module):
-    """Vision tower, decoder and pruning layer. Parameter names are the public checkpoint's."""
+    """Vision tower, decoder and pruning layer. Parameter names are the public checkpoint's.
+
+    Attributes:
+        backend: implementation of the pruning operators, see :mod:`photon.ops.backend`.
+    """
 
     def __init__(self, config: PhotonConfig) -> None:
         super().__init__()
+        self.backend: Backend = "auto"
         self.config = config
         self.visual = VisionTower(config.vision)
         self.model = Decoder(config)
@@ -147,7 +142,7 @@ class Photon(nn.Module):
             batch, self.encode_contexts(batch, last), mode, flip=flip, detach=detach, with_layers=with_layers
         )
 
-    def encode_contexts(self, batch: PackedBatch, num_layers: int) -> ContextState:
+    def encode_contexts(self, batch: PackedBatch, num_layers: int) -> EncodedRows:
         """Vision tower and the first ``num_layers`` decoder layers over the contexts."""
         x = self.model.embed_tokens(batch.context_ids)
         if batch.visual_rows.numel():
@@ -155,21 +150,20 @@ class Photon(nn.Module):
             x = x.index_copy(0, batch.visual_rows, tokens)
         return self.run_contexts(x, batch, num_layers)
 
-    def run_contexts(self, x: Tensor, batch: PackedBatch, num_layers: int, *, first: int = 0) -> ContextState:
+    def run_contexts(self, x: Tensor, batch: PackedBatch, num_layers: int, *, first: int = 0) -> EncodedRows:
         """Decoder layers from ``first`` to below ``num_layers`` over context rows [Tc, D]."""
-        lengths = batch.context_lengths
-        attend = RaggedAttention.build(lengths, k_starts=starts_of(lengths), k_lengths=lengths, is_causal=True)
+        attend = RaggedAttention.build(batch.context_lengths, device=x.device, is_causal=True)
         table = self.model.rotary(batch.context_positions)
         layers = []
         for layer in self.model.layers[first:num_layers]:
             x, state = self._run(layer, x, table, attend)
             layers.append(state.kept)
-        return ContextState(x, tuple(layers))
+        return EncodedRows(x, table, tuple(layers))
 
     def run_branches(
         self,
         batch: PackedBatch,
-        context: ContextState,
+        context: EncodedRows,
         mode: Mode,
         *,
         flip: Tensor | None = None,
@@ -177,15 +171,7 @@ class Photon(nn.Module):
         with_layers: bool = False,
     ) -> Output:
         """Run the branches of a batch against contexts encoded as far as the pruning layer; see :meth:`forward`."""
-        num_context_rows = batch.context_ids.shape[0]
-        attend = RaggedAttention.build(
-            batch.branch_lengths,
-            k_starts=starts_of(batch.branch_lengths) + num_context_rows,
-            k_lengths=batch.branch_lengths,
-            shared_starts=starts_of(batch.context_lengths)[batch.branch_context],
-            shared_lengths=batch.context_lengths[batch.branch_context],
-            is_causal=True,
-        )
+        attend = _attention_of_branches(batch)
         table = self.model.rotary(batch.branch_positions)
         x = self.model.embed_tokens(batch.branch_ids)
         own: list[KeyValue] = []
@@ -195,7 +181,7 @@ class Photon(nn.Module):
             if with_layers:
                 own.append(state.kept)
         at_pruning = (x, state)
-        decision = self._schedule(batch, context.layers[split - 1], state)
+        decision = decide(state, context.layers[split - 1], batch.layout, self.model.predictor, backend=self.backend)
 
         if mode == "full":
             context = self._finished(context, batch)
@@ -206,25 +192,46 @@ class Photon(nn.Module):
             rows = torch.arange(x.shape[0], device=x.device)
             if not with_layers:
                 return Output(x, rows, decision, None, None, None, context, at_pruning)
-            everything = select_rows(batch, None if decision is None else decision.valid)
-            layers = _joined(context.layers, own, everything.rows)
-            return Output(x, rows, decision, None, layers, everything.lengths, context, at_pruning)
+            everything = select_rows(kept_tokens(decision, mode, None), batch.layout, backend=self.backend)
+            layers = take_layers(context.layers, own, everything.rows, backend=self.backend)
+            return Output(x, rows, decision, None, layers, everything.host_lengths, context, at_pruning)
 
-        selection = select_rows(batch, _kept(decision, mode, flip))
-        x = self._prune(torch.cat([context.hidden, x]), decision, selection, mode, detach)
-        x, late = self._run_pruned(x, batch, selection, with_layers=with_layers)
+        selection = select_rows(kept_tokens(decision, mode, flip), batch.layout, backend=self.backend)
+        pruned = take_rows(
+            context if with_layers else replace(context, layers=()),
+            EncodedRows(x, table, tuple(own)),
+            selection,
+            batch.layout,
+            p=_probabilities(decision, detach),
+            mode=mode,
+            rule=self.config.pruning.sgp_rule,
+            backend=self.backend,
+        )
+        x, late = self._run_pruned(pruned, selection.host_lengths, with_layers=with_layers)
         if not with_layers:
             return Output(x, selection.branch_rows, decision, selection, None, None, context, at_pruning)
-        layers = (*_joined(context.layers, own, selection.rows), *late)
-        return Output(x, selection.branch_rows, decision, selection, layers, selection.lengths, context, at_pruning)
+        layers, lengths = (*pruned.layers, *late), selection.host_lengths
+        return Output(x, selection.branch_rows, decision, selection, layers, lengths, context, at_pruning)
 
-    def _finished(self, context: ContextState, batch: PackedBatch) -> ContextState:
+    def _run_pruned(
+        self, pruned: EncodedRows, lengths: Sequence[int], *, with_layers: bool
+    ) -> tuple[Tensor, list[KeyValue]]:
+        x = pruned.hidden
+        attend = RaggedAttention.build(lengths, device=x.device, is_causal=True)
+        states = []
+        for layer in self.model.layers[self.config.pruning.layer + 1 :]:
+            x, state = self._run(layer, x, pruned.table, attend)
+            if with_layers:
+                states.append(state.kept)
+        return x, states
+
+    def _finished(self, context: EncodedRows, batch: PackedBatch) -> EncodedRows:
         """Contexts through the last layer, where they were encoded to the pruning layer only."""
         num_done, num_layers = len(context.layers), self.config.num_hidden_layers
         if num_done == num_layers:
             return context
         rest = self.run_contexts(context.hidden, batch, num_layers, first=num_done)
-        return ContextState(rest.hidden, (*context.layers, *rest.layers))
+        return replace(rest, layers=(*context.layers, *rest.layers))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and vocabulary projection of rows [R, D]; call it on the rows that need it only."""
@@ -232,59 +239,7 @@ class Photon(nn.Module):
         weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         return F.linear(normed, weight)
 
-    def _schedule(self, batch: PackedBatch, shared: KeyValue, own: QueryKeyValue) -> Schedule | None:
-        branch, volume = volumes_of_branches(batch)
-        if not volume.numel():
-            return None
-        rows, valid = visual_tokens_of(batch, volume)
-        # Mixed precision would take the products of the scores and of the threshold network for ordinary ones.
-        with torch.autocast(rows.device.type, enabled=False):
-            z = scheduling.question_vector(*self._question(batch, own))
-            u = scheduling.saliency(z[branch], shared.k.detach()[rows])
-            return scheduling.schedule(u, valid, self.model.predictor, branch)
-
-    @staticmethod
-    def _question(batch: PackedBatch, own: QueryKeyValue) -> tuple[Tensor, Tensor, Tensor]:
-        # The question is the beginning of its branch, so its rows are a range.
-        rows, inside = padded_rows(starts_of(batch.branch_lengths), batch.branch_lengths)
-        asked = batch.question[rows] & inside
-        width = int(asked.sum(-1).max())
-        rows, asked = rows[:, :width], asked[:, :width]
-        return own.q.detach()[rows], own.k.detach()[rows], asked
-
-    def _prune(
-        self, x: Tensor, decision: Schedule | None, selection: Selection, mode: Mode, detach: Tensor | None
-    ) -> Tensor:
-        if decision is None:
-            return x.index_select(0, selection.rows)
-        p = decision.p
-        if detach is not None:
-            p = torch.where(detach[decision.branch][:, None], p.detach(), p)
-        if mode == "hard":
-            rule = self.config.pruning.sgp_rule
-            return pack(x, p, selection.rows, selection.slots, decision.valid, rule=rule)
-        scale = torch.where(selection.slots >= 0, p.flatten()[selection.slots.clamp_min(0)], 1.0)
-        return x.index_select(0, selection.rows) * scale[:, None].to(x.dtype)
-
-    def _run_pruned(
-        self, x: Tensor, batch: PackedBatch, selection: Selection, *, with_layers: bool
-    ) -> tuple[Tensor, list[KeyValue]]:
-        positions = torch.cat([batch.context_positions, batch.branch_positions], dim=1)[:, selection.rows]
-        table = self.model.rotary(positions)
-        lengths = selection.lengths
-        attend: Attention = RaggedAttention.build(
-            lengths, k_starts=starts_of(lengths), k_lengths=lengths, is_causal=True
-        )
-        states = []
-        for layer in self.model.layers[self.config.pruning.layer + 1 :]:
-            x, state = self._run(layer, x, table, attend)
-            if with_layers:
-                states.append(state.kept)
-        return x, states
-
-    def _run(
-        self, layer: nn.Module, x: Tensor, table: tuple[Tensor, Tensor], attend: Attention
-    ) -> tuple[Tensor, QueryKeyValue]:
+    def _run(self, layer: nn.Module, x: Tensor, table: Rotary, attend: Attention) -> tuple[Tensor, QueryKeyValue]:
         result: tuple[Tensor, QueryKeyValue] = maybe_checkpoint(
             layer, x, table, attend, is_on=self.checkpoint_activations
         )
@@ -309,20 +264,21 @@ def _after(shared: KeyValue, attend: RaggedAttention) -> Attention:
     return attention
 
 
-def _kept(decision: Schedule | None, mode: Mode, flip: Tensor | None) -> Tensor | None:
-    if decision is None:
-        return None
-    if mode != "hard":
-        return decision.valid
-    if flip is None:
-        return decision.keep
-    inverted = scheduling.invert(decision.keep, decision.valid)
-    return torch.where(flip[decision.branch][:, None], inverted, decision.keep)
-
-
-def _joined(shared: Sequence[KeyValue], own: Sequence[KeyValue], rows: Tensor) -> tuple[KeyValue, ...]:
-    """Keys and values of ``rows`` in the context rows followed by the branch rows, layer by layer."""
-    return tuple(
-        KeyValue(*(torch.cat(pair).index_select(0, rows) for pair in zip(ours, theirs, strict=True)))
-        for ours, theirs in zip(shared, own, strict=True)
+def _attention_of_branches(batch: PackedBatch) -> RaggedAttention:
+    """Branch rows see the rows of their context, then their own, which come after all context rows."""
+    starts, num_context_rows = starts_of(batch.context_lengths), batch.context_ids.shape[0]
+    return RaggedAttention.build(
+        batch.branch_lengths,
+        k_starts=[start + num_context_rows for start in starts_of(batch.branch_lengths)],
+        shared_starts=[starts[context] for context in batch.branch_context],
+        shared_lengths=[batch.context_lengths[context] for context in batch.branch_context],
+        device=batch.branch_ids.device,
+        is_causal=True,
     )
+
+
+def _probabilities(decision: Schedule | None, detach: Tensor | None) -> Tensor | None:
+    """Keep probabilities [S, N]; the loss does not reach those of the branches in ``detach``."""
+    if decision is None or detach is None:
+        return None if decision is None else decision.p
+    return torch.where(detach[decision.branch][:, None], decision.p.detach(), decision.p)

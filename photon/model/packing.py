@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 from photon.config import PhotonConfig
 from photon.errors import PhotonError
 from photon.grid import Grid, num_visual_tokens, occupied_tokens, patch_rows, visual_positions
+from photon.ops.layout import Layout
 
 IGNORE_INDEX = -100
 
@@ -74,11 +76,11 @@ class PackedBatch:
         present: int64 [V] these tokens, counted through the whole grids of all volumes.
         context_ids [Tc], context_positions [3, Tc], context_lengths [C]
         visual_rows: int64 [V] context rows that are visual.
-        volume_counts: int64 [volumes] present visual tokens of each volume.
-        context_volumes: [C] volumes of each context.
         branch_ids [Tb], branch_positions [3, Tb], branch_lengths [B]; branch_context [B].
-        question: bool [Tb] question (instruction) tokens.
         labels: int64 [Tb], -100 where nothing is learned.
+        layout: what the pruning step reads where.
+
+    Lengths are numbers of the host, so that nobody has to ask a GPU for the size of what comes next.
     """
 
     patches: Tensor
@@ -86,21 +88,20 @@ class PackedBatch:
     present: Tensor
     context_ids: Tensor
     context_positions: Tensor
-    context_lengths: Tensor
+    context_lengths: tuple[int, ...]
     visual_rows: Tensor
-    volume_counts: Tensor
-    context_volumes: Tensor
     branch_ids: Tensor
     branch_positions: Tensor
-    branch_lengths: Tensor
-    branch_context: Tensor
-    question: Tensor
+    branch_lengths: tuple[int, ...]
+    branch_context: tuple[int, ...]
     labels: Tensor
+    layout: Layout
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The batch with every tensor on ``device``."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "grids"}
-        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {name: x.to(device) for name, x in values.items() if isinstance(x, Tensor | Layout)}
+        return replace(self, **moved)
 
 
 def pack_batch(contexts: Sequence[Context], branches: Sequence[Branch], config: PhotonConfig) -> PackedBatch:
@@ -112,28 +113,35 @@ def pack_batch(contexts: Sequence[Context], branches: Sequence[Branch], config: 
     _check_prompts(contexts, branches, config)
     positions, nexts = zip(*(context_positions(context, config) for context in contexts), strict=True)
     is_visual = torch.cat([context.input_ids == config.video_token_id for context in contexts])
-    lengths = torch.tensor([context.input_ids.numel() for context in contexts])
     grids = tuple(grid for context in contexts for grid in context.grids)
-    tokens = [own for context in contexts for own in _tokens_of_volumes(context, config)]
+    volumes = [_volumes_of(context, config) for context in contexts]
     none = torch.zeros(0, dtype=torch.long)
+    context_lengths = tuple(context.input_ids.numel() for context in contexts)
+    branch_lengths = tuple(branch.input_ids.numel() for branch in branches)
+    branch_context = tuple(branch.context for branch in branches)
+    layout = Layout.build(
+        context_lengths,
+        [[(volume.first_row, volume.num_tokens) for volume in own] for own in volumes],
+        branch_lengths,
+        [num_question_tokens(branch.input_ids, config.eos_token_id) for branch in branches],
+        branch_context,
+    )
     return PackedBatch(
         patches=torch.cat([context.patches for context in contexts]),
         grids=grids,
-        present=_counted_through(tokens, grids, config),
+        present=_counted_through([volume.tokens for own in volumes for volume in own], grids, config),
         context_ids=torch.cat([context.input_ids for context in contexts]),
         context_positions=torch.cat(positions, dim=1),
-        context_lengths=lengths,
+        context_lengths=context_lengths,
         visual_rows=is_visual.nonzero().flatten(),
-        volume_counts=torch.tensor([own.numel() for own in tokens], dtype=torch.long),
-        context_volumes=torch.tensor([len(context.grids) for context in contexts]),
         branch_ids=torch.cat([none, *(branch.input_ids for branch in branches)]),
         branch_positions=torch.cat(
             [none, *(torch.arange(branch.input_ids.numel()) + nexts[branch.context] for branch in branches)]
         ).expand(3, -1),
-        branch_lengths=torch.tensor([branch.input_ids.numel() for branch in branches], dtype=torch.long),
-        branch_context=torch.tensor([branch.context for branch in branches], dtype=torch.long),
-        question=torch.cat([none.bool(), *(question_mask(b.input_ids, config.eos_token_id) for b in branches)]),
+        branch_lengths=branch_lengths,
+        branch_context=branch_context,
         labels=torch.cat([none, *(_labels_of(branch) for branch in branches)]),
+        layout=layout,
     )
 
 
@@ -154,9 +162,9 @@ def _check_prompts(contexts: Sequence[Context], branches: Sequence[Branch], conf
             refuse(fact, "Use the tokenizer that belongs to the model.")
 
 
-def question_mask(branch_ids: Tensor, eos_token_id: int) -> Tensor:
-    """Question tokens of a branch, bool [L]: those before the first end of turn."""
-    return (branch_ids == eos_token_id).cumsum(0) == 0
+def num_question_tokens(branch_ids: Tensor, eos_token_id: int) -> int:
+    """How many tokens of a branch, from the first, are its question: those before the first end of turn."""
+    return int(((branch_ids == eos_token_id).cumsum(0) == 0).sum())
 
 
 def split_prompt(input_ids: Tensor, config: PhotonConfig) -> int:
@@ -186,7 +194,7 @@ def without_empty_tokens(context: Context, config: PhotonConfig) -> Context:
     vision = config.vision
     if vision.empty_below is None:
         return context
-    counts = [own.numel() for own in _tokens_of_volumes(context, config)]
+    counts = [volume.num_tokens for volume in _volumes_of(context, config)]
     volumes = context.patches.split([count * vision.spatial_merge_size**2 for count in counts])
     present = _counted_through([occupied_tokens(patches, vision) for patches in volumes], context.grids, config)
     if present.numel() == sum(counts):
@@ -205,23 +213,34 @@ def context_positions(context: Context, config: PhotonConfig) -> tuple[Tensor, i
     Raises:
         PhotonError: ``PROMPT_INVALID`` when placeholders and volumes do not match.
     """
-    is_visual = context.input_ids == config.video_token_id
     parts: list[Tensor] = []
     start = place = 0
-    for grid, own in zip(context.grids, _tokens_of_volumes(context, config), strict=True):
-        text = int(is_visual[place:].nonzero()[0])
+    for grid, volume in zip(context.grids, _volumes_of(context, config), strict=True):
+        text = volume.first_row - place
         parts.append((torch.arange(text) + start).expand(3, -1))
         whole = visual_positions(grid, config) + start + text
-        parts.append(whole[:, own])
+        parts.append(whole[:, volume.tokens])
         start = int(whole.max()) + 1
-        place += text + own.numel()
+        place = volume.first_row + volume.num_tokens
     tail = context.input_ids.numel() - place
     parts.append((torch.arange(tail) + start).expand(3, -1))
     return torch.cat(parts, dim=1), start + tail
 
 
-def _tokens_of_volumes(context: Context, config: PhotonConfig) -> list[Tensor]:
-    """Present visual tokens of each volume, counted through its own grid; refuses a prompt that does not fit them."""
+@dataclass(frozen=True)
+class _Volume:
+    """Where a volume's visual tokens stand: those present, counted through its own grid, and the row of the first."""
+
+    tokens: Tensor
+    first_row: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens.numel()
+
+
+def _volumes_of(context: Context, config: PhotonConfig) -> list[_Volume]:
+    """The volumes of a context; refuses a prompt that does not fit them."""
     whole = [num_visual_tokens(grid, config.vision) for grid in context.grids]
     present = torch.arange(sum(whole)) if context.present is None else context.present
     tokens, start = [], 0
@@ -229,16 +248,20 @@ def _tokens_of_volumes(context: Context, config: PhotonConfig) -> list[Tensor]:
         tokens.append(present[(present >= start) & (present < start + count)] - start)
         start += count
     found = [own.numel() for own in tokens]
-    num_placeholders = int((context.input_ids == config.video_token_id).sum())
+    rows = (context.input_ids == config.video_token_id).nonzero().flatten()
     is_ordered = bool((present.diff() > 0).all())
-    if num_placeholders != present.numel() or sum(found) != present.numel() or 0 in found or not is_ordered:
+    if rows.numel() != present.numel() or sum(found) != present.numel() or 0 in found or not is_ordered:
         raise PhotonError(
             "PROMPT_INVALID",
             "prompt",
-            f"it has {num_placeholders} visual placeholders for volumes of {found} tokens.",
+            f"it has {rows.numel()} visual placeholders for volumes of {found} tokens.",
             "Write one placeholder per visual token, and name each present token once, in ascending order.",
         )
-    return tokens
+    of_volumes = rows.split(found)
+    if any(int(own[-1] - own[0]) + 1 != own.numel() for own in of_volumes):
+        fact = "text stands between the placeholders of one volume."
+        raise PhotonError("PROMPT_INVALID", "prompt", fact, "Write the placeholders of a volume in one piece.")
+    return [_Volume(own, int(places[0])) for own, places in zip(tokens, of_volumes, strict=True)]
 
 
 def _counted_through(tokens: Sequence[Tensor], grids: Sequence[Grid], config: PhotonConfig) -> Tensor:

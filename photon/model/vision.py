@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from photon.config import VisionConfig
 from photon.errors import PhotonError
 from photon.grid import Grid, patch_coordinates, patch_rows, window_ids
-from photon.model.attention import Attention, RaggedAttention, starts_of
+from photon.model.attention import Attention, RaggedAttention
 from photon.model.layers import GatedMLP, RMSNorm, maybe_checkpoint, rotary_table, rotate
 
 ROTARY_BASE = 10000.0
@@ -170,5 +170,5 @@ def _numbered(ids: list[Tensor]) -> Tensor:
 
 
 def _segments(ids: Tensor) -> RaggedAttention:
-    lengths = torch.unique_consecutive(ids, return_counts=True)[1]
-    return RaggedAttention.build(lengths, k_starts=starts_of(lengths), k_lengths=lengths, is_causal=False)
+    lengths = torch.unique_consecutive(ids, return_counts=True)[1].tolist()
+    return RaggedAttention.build(lengths, device=ids.device, is_causal=False)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from photon.model.network import Mode
+from photon.model.pruning import Mode
 
 Stage = Literal["alignment", "warm-up", "soft", "hard"]
 

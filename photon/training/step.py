@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from photon import objectives
-from photon.model.network import Mode, Photon
+from photon.model.network import Photon
 from photon.model.packing import PackedBatch
-from photon.model.selection import Selection
+from photon.model.pruning import Mode
+from photon.ops.selection.op import Selection
 from photon.scheduling import Schedule
 from photon.training.stages import MODES, Stage
 
@@ -58,7 +59,7 @@ class StepResult:
 def compute_loss(model: Photon, item: TrainingBatch, stage: Stage) -> StepResult:
     """Loss of one packed batch: every branch counts the same, as if each were a batch of its own."""
     batch = item.batch
-    num_branches = batch.branch_lengths.shape[0]
+    num_branches = len(batch.branch_lengths)
     is_disturbed = item.is_perturbed | item.is_flipped
     mode = MODES[stage]
     flip = item.is_flipped if mode == "hard" else None
@@ -99,6 +100,6 @@ def _kept_fraction(schedule: Schedule | None, mode: Mode) -> float:
 
 def _tokens_per_branch(batch: PackedBatch, selection: Selection | None) -> float:
     if selection is not None:
-        return float(selection.lengths.float().mean())
+        return sum(selection.host_lengths) / len(selection.host_lengths)
     rows = batch.context_ids.shape[0] + batch.branch_ids.shape[0]
-    return rows / batch.branch_lengths.shape[0]
+    return rows / len(batch.branch_lengths)

@@ -13,6 +13,8 @@ from torch import Tensor
 from photon.model import attention
 from photon.model.attention import BlockAttention, RaggedAttention, padded_rows, starts_of
 
+CPU = torch.device("cpu")
+
 
 def looked_at(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One query [H, d] over keys and values [L, G, d] it may see: [H, d]."""
@@ -38,8 +40,7 @@ def test_segments_agree_with_a_loop(lengths: list[int], is_causal: bool, heads: 
     """Lengths also such that all segments fit one block, but not in their order."""
     total = sum(lengths)
     q, k, v = random_rows(total, total, heads, groups)
-    sizes = torch.tensor(lengths)
-    attend = RaggedAttention.build(sizes, k_starts=starts_of(sizes), k_lengths=sizes, is_causal=is_causal)
+    attend = segments_of(lengths, is_causal=is_causal)
     expected = torch.zeros(q.shape)
     start = 0
     for length in lengths:
@@ -54,15 +55,7 @@ def test_shared_prefix_agrees_with_a_loop() -> None:
     """Keys: contexts of 3, 0 and 2 rows, then branches of 2, 1, 3, 1 rows on contexts 2, 0, 1, 0."""
     contexts, branches, owner = [3, 0, 2], [2, 1, 3, 1], [2, 0, 1, 0]
     q, k, v = random_rows(sum(branches), sum(contexts) + sum(branches), 4, 2)
-    sizes, chosen = torch.tensor(branches), torch.tensor(owner)
-    attend = RaggedAttention.build(
-        sizes,
-        k_starts=starts_of(sizes) + sum(contexts),
-        k_lengths=sizes,
-        shared_starts=starts_of(torch.tensor(contexts))[chosen],
-        shared_lengths=torch.tensor(contexts)[chosen],
-        is_causal=True,
-    )
+    attend = branches_of(branches, contexts, owner, device=CPU, is_causal=True)
     expected, row = torch.zeros(q.shape), 0
     for length, context in zip(branches, owner, strict=True):
         start = sum(contexts[:context])
@@ -76,9 +69,8 @@ def test_shared_prefix_agrees_with_a_loop() -> None:
 
 
 def test_gradients_stay_inside_a_segment() -> None:
-    sizes = torch.tensor([2, 3])
     q, k, v = (x.requires_grad_() for x in random_rows(5, 5, 2, 2))
-    attend = RaggedAttention.build(sizes, k_starts=starts_of(sizes), k_lengths=sizes, is_causal=True)
+    attend = segments_of([2, 3], is_causal=True)
     attend(q, k, v)[3].sum().backward()
     assert k.grad is not None
     assert k.grad.abs().sum((1, 2)).bool().tolist() == [False, False, True, True, False]
@@ -103,16 +95,29 @@ def test_blocks_agree_with_a_loop() -> None:
 
 
 def test_both_layouts_agree() -> None:
-    sizes = torch.tensor([4, 4])
     q, k, v = random_rows(8, 8, 4, 2)
-    ragged = RaggedAttention.build(sizes, k_starts=starts_of(sizes), k_lengths=sizes, is_causal=True)
+    ragged = segments_of([4, 4], is_causal=True)
     blocks = BlockAttention(torch.ones(4, 4, dtype=torch.bool).tril().expand(2, -1, -1))
     torch.testing.assert_close(ragged(q, k, v), blocks(q, k, v), rtol=1e-5, atol=1e-6)
 
 
 def segments_of(lengths: list[int], *, is_causal: bool) -> RaggedAttention:
-    sizes = torch.tensor(lengths)
-    return RaggedAttention.build(sizes, k_starts=starts_of(sizes), k_lengths=sizes, is_causal=is_causal)
+    return RaggedAttention.build(lengths, device=CPU, is_causal=is_causal)
+
+
+def branches_of(
+    lengths: list[int], contexts: list[int], owner: list[int], *, device: torch.device, is_causal: bool
+) -> RaggedAttention:
+    """Branches that see a context each, whose keys come before all of theirs."""
+    starts = starts_of(contexts)
+    return RaggedAttention.build(
+        lengths,
+        k_starts=[start + sum(contexts) for start in starts_of(lengths)],
+        shared_starts=[starts[context] for context in owner],
+        shared_lengths=[contexts[context] for context in owner],
+        device=device,
+        is_causal=is_causal,
+    )
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -190,16 +195,7 @@ def test_arguments_of_the_fused_kernel(
 ) -> None:
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     plain = segments_of([3, 0, 5], is_causal=is_causal)
-    sizes, owner = torch.tensor([2, 1, 3]), torch.tensor([1, 0, 1])
-    contexts = torch.tensor([0, 4])
-    shared = RaggedAttention.build(
-        sizes,
-        k_starts=starts_of(sizes) + 4,
-        k_lengths=sizes,
-        shared_starts=starts_of(contexts)[owner],
-        shared_lengths=contexts[owner],
-        is_causal=is_causal,
-    )
+    shared = branches_of([2, 1, 3], [0, 4], [1, 0, 1], device=CPU, is_causal=is_causal)
     for layout, num_queries, num_keys in ((plain, 8, 8), (shared, 6, 10)):
         q, k, v = random_rows(num_queries, num_keys, 4, 2)
         fused = layout._fused.attend(q, k, v, is_causal=is_causal)
@@ -211,16 +207,7 @@ def test_arguments_of_the_fused_kernel(
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fused_kernel_agrees_with_blocks(is_causal: bool, dtype: torch.dtype) -> None:
-    sizes, owner = torch.tensor([20, 1, 130]), torch.tensor([1, 0, 1])
-    contexts = torch.tensor([3, 400])
-    layout = RaggedAttention.build(
-        sizes.cuda(),
-        k_starts=(starts_of(sizes) + 403).cuda(),
-        k_lengths=sizes.cuda(),
-        shared_starts=starts_of(contexts)[owner].cuda(),
-        shared_lengths=contexts[owner].cuda(),
-        is_causal=is_causal,
-    )
+    layout = branches_of([20, 1, 130], [3, 400], [1, 0, 1], device=torch.device("cuda"), is_causal=is_causal)
     rows = (torch.randn(shape, device="cuda") for shape in ((151, 16, 128), (554, 2, 128), (554, 2, 128)))
     exact = [x.to(dtype).float().requires_grad_() for x in rows]
     half = [x.detach().to(dtype).requires_grad_() for x in exact]
@@ -235,8 +222,9 @@ def test_fused_kernel_agrees_with_blocks(is_causal: bool, dtype: torch.dtype) ->
 
 
 def test_padded_rows() -> None:
-    lengths = torch.tensor([2, 0, 3])
-    rows, valid = padded_rows(starts_of(lengths), lengths)
+    lengths = [2, 0, 3]
+    rows, valid = padded_rows(starts_of(lengths), lengths, CPU)
     assert rows.tolist() == [[0, 1, 0], [0, 0, 0], [2, 3, 4]], "filled up with the first row, or row 0"
-    assert padded_rows(torch.tensor([3, 5]), torch.tensor([1, 2]))[0].tolist() == [[3, 3], [5, 6]]
+    assert padded_rows([3, 5], [1, 2], CPU)[0].tolist() == [[3, 3], [5, 6]]
+    assert padded_rows([], [], CPU)[0].shape == (0, 0)
     assert valid.long().tolist() == [[1, 1, 0], [0, 0, 0], [1, 1, 1]]

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from photon import scheduling
 from photon.errors import PhotonError
 from photon.generate import generate
 from photon.model.packing import Branch, Context, PackedBatch, pack_batch
-from photon.model.selection import select_rows
+from photon.ops.selection.op import select_rows
 from photon.testing import micro_config, micro_model, random_branch, random_context, training_batch
 from photon.training.step import compute_loss
 
@@ -39,7 +38,7 @@ def test_each_volume_is_pruned_by_itself() -> None:
     assert decision.branch.tolist() == [0, 0] and decision.valid.sum(1).tolist() == [8, 9]
     for row in range(2):
         inside = decision.valid[row]
-        one = scheduling.schedule(decision.u[row : row + 1, inside], inside[inside][None], model.model.predictor)
+        one = model.model.predictor(decision.u[row : row + 1, inside], inside.sum()[None], torch.tensor([0]))
         torch.testing.assert_close(decision.theta[row], one.theta[0])
         assert torch.equal(decision.keep[row, inside], one.keep[0])
         assert float(decision.rho[row, inside].min()) == 0.0
@@ -57,7 +56,7 @@ def test_a_bright_volume_does_not_crowd_out_the_other() -> None:
         assert decision is not None
         raised = decision.u.clone()
         raised[1] += 1e3
-        again = scheduling.schedule(raised, decision.valid, model.model.predictor, decision.branch)
+        again = model.model.predictor(raised, decision.valid.sum(1), decision.branch)
     assert torch.equal(again.keep[0], decision.keep[0])
     assert int(again.keep[1].sum()) >= CONFIG.pruning.min_tokens
 
@@ -69,7 +68,7 @@ def test_rows_of_two_volumes_are_laid_out_in_order() -> None:
     branches = [Branch(1, torch.tensor([1])), Branch(0, torch.tensor([2, 3]))]
     keep = torch.zeros(3, 4, dtype=torch.bool)
     keep[0, 1] = keep[1, 0] = keep[2, 1] = keep[2, 3] = True
-    selection = select_rows(pack_batch([two, one], branches, CONFIG), keep)
+    selection = select_rows(keep, pack_batch([two, one], branches, CONFIG).layout)
     assert selection.rows.tolist() == [13, 14, 15, 16, 18, 19, 20] + [0, 1, 2, 3, 4, 6, 7, 9, 11, 12, 21, 22]
     assert selection.slots.tolist() == [-1, -1, -1, -1, 1, -1, -1] + [-1] * 4 + [4, -1, -1, 9, 11, -1, -1, -1]
     assert selection.lengths.tolist() == [7, 12]
@@ -100,7 +99,7 @@ def test_nan_in_one_scan_reaches_no_other() -> None:
     assert torch.equal(good.schedule.keep[1:], bad.schedule.keep[1:])
     num_bad = int(bad.selection.lengths[0])
     assert bool(bad.hidden[:num_bad].isnan().any())
-    num_good = int(good.selection.lengths[1:].sum())
+    num_good = sum(good.selection.host_lengths[1:])
     torch.testing.assert_close(bad.hidden[num_bad:], good.hidden[-num_good:])
 
 

@@ -13,8 +13,8 @@ from photon.config import PhotonConfig
 from photon.errors import PhotonError
 from photon.grid import Grid, num_visual_tokens, occupied_tokens, patch_coordinates, patch_rows, window_ids
 from photon.model.attention import BlockAttention
-from photon.model.network import Mode
 from photon.model.packing import Branch, Context, context_positions, pack_batch, without_empty_tokens
+from photon.model.pruning import Mode
 from photon.testing import micro_config, micro_model, random_branch, random_context, training_batch
 from photon.training.stages import Stage
 from photon.training.step import compute_loss
@@ -132,14 +132,14 @@ def test_a_batch_gives_what_each_branch_gives_alone(mode: Mode) -> None:
         for number, (context, asked) in enumerate([(1, 3), (0, 5), (2, 4), (3, 2), (0, 1)])
     ]
     whole = training_batch(contexts, branches, config)
-    assert whole.batch.volume_counts.tolist() == [7, 3, 1, 6]
+    assert whole.batch.layout.pair_lengths.tolist() == [1, 7, 3, 6, 7, 3]
     assert whole.batch.present.tolist() == [*PRESENT, 16 + 7, *range(24, 30)]
     output = model(whole.batch, mode)
     compute_loss(model, whole, STAGES[mode]).loss.backward()
     together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    lengths = whole.batch.branch_lengths if output.selection is None else output.selection.lengths
-    for number, (branch, rows) in enumerate(zip(branches, output.hidden.split(lengths.tolist()), strict=True)):
+    lengths = whole.batch.branch_lengths if output.selection is None else output.selection.host_lengths
+    for number, (branch, rows) in enumerate(zip(branches, output.hidden.split(lengths), strict=True)):
         alone = [Branch(0, branch.input_ids, branch.labels)]
         single = training_batch([contexts[branch.context]], alone, config)
         one = model(single.batch, mode)

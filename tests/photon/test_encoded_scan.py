@@ -170,7 +170,7 @@ def test_both_forms_of_a_step_agree() -> None:
 
 def test_columns_without_a_row_do_not_matter() -> None:
     """Whatever a branch's neighbours kept fills its masked columns, even NaN."""
-    lengths = torch.tensor([2, 4, 1])
+    lengths = [2, 4, 1]
     packed = torch.arange(7.0)[:, None, None].expand(7, 2, 3).clone()
     packed[2:6] = torch.nan
     cache = build_cache([KeyValue(packed, -packed)] * 2, lengths, room=2)

@@ -15,7 +15,8 @@ from torch import Tensor
 from photon.config import PhotonConfig, qwen2_5_vl_3b
 from photon.generate import generate
 from photon.grid import Grid
-from photon.model.network import Mode, Photon
+from photon.model.network import Photon
+from photon.model.pruning import Mode
 from photon.testing import micro_config, random_branch, random_context, training_batch
 from photon.training.stages import Stage
 from photon.training.step import TrainingBatch, compute_loss

@@ -11,10 +11,12 @@ from torch import Tensor
 from photon.config import PhotonConfig
 from photon.errors import PhotonError
 from photon.grid import Grid
-from photon.model.network import Mode, Output, Photon
+from photon.model.attention import starts_of
+from photon.model.network import Output, Photon
 from photon.model.packing import Branch, Context, PackedBatch, context_positions, pack_batch, split_prompt
-from photon.model.selection import select_rows
+from photon.model.pruning import Mode
 from photon.objectives import answer_targets
+from photon.ops.selection.op import select_rows
 from photon.testing import micro_config, micro_model, random_branch, random_context, training_batch
 from photon.training.stages import Stage
 from photon.training.step import compute_loss
@@ -38,8 +40,8 @@ def mixed(config: PhotonConfig = CONFIG) -> tuple[list[Context], list[Branch]]:
 
 def rows_of(output: Output, batch: PackedBatch, branch: int) -> Tensor:
     """Hidden rows that belong to one branch."""
-    lengths = batch.branch_lengths if output.selection is None else output.selection.lengths
-    return output.hidden.split(lengths.tolist())[branch]
+    lengths = batch.branch_lengths if output.selection is None else output.selection.host_lengths
+    return output.hidden.split(lengths)[branch]
 
 
 def assert_same(ours: Tensor, theirs: Tensor, name: str = "") -> None:
@@ -107,7 +109,7 @@ def test_targets_do_not_cross_branches() -> None:
     contexts, branches = mixed()
     batch = pack_batch(contexts, branches, CONFIG)
     rows, targets, branch = answer_targets(batch)
-    starts = batch.branch_lengths.cumsum(0) - batch.branch_lengths
+    starts = starts_of(batch.branch_lengths)
     expected = [
         (int(start) + place - 1, int(b.labels[place]), number)
         for number, (start, b) in enumerate(zip(starts, branches, strict=True))
@@ -223,7 +225,7 @@ def test_select_rows_lays_out_text_kept_tokens_and_the_branch() -> None:
     context = random_context(CONFIG, [(1, 2, 4)], seed=0)  # 3 words, start, 2 visual tokens, end
     branches = [Branch(0, torch.tensor([1, 2])), Branch(0, torch.tensor([3]))]
     batch = pack_batch([context], branches, CONFIG)
-    selection = select_rows(batch, torch.tensor([[False, True], [True, False]]))
+    selection = select_rows(torch.tensor([[False, True], [True, False]]), batch.layout)
     assert selection.rows.tolist() == [0, 1, 2, 3, 5, 6, 7, 8] + [0, 1, 2, 3, 4, 6, 9]
     assert selection.slots.tolist() == [-1, -1, -1, -1, 1, -1, -1, -1] + [-1, -1, -1, -1, 2, -1, -1]
     assert selection.lengths.tolist() == [8, 7]

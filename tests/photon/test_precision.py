@@ -11,8 +11,9 @@ from torch import Tensor
 
 from photon.errors import PhotonError
 from photon.generate import generate
-from photon.model.network import Mode, Output, Photon
-from photon.scheduling import describe
+from photon.model.network import Output, Photon
+from photon.model.pruning import Mode, decide
+from photon.ops.schedule.reference import describe, threshold
 from photon.testing import micro_config, micro_model, random_branch, random_context, training_batch
 from photon.training.loop import OptimiserConfig, StepReport, Trainer
 from photon.training.stages import Stage, StageSchedule
@@ -90,8 +91,10 @@ def test_scores_and_thresholds_are_computed_in_float32(is_mixed: bool) -> None:
     shared, own = output.context.layers[CONFIG.pruning.layer], output.pruning_layer[1]
     assert shared.k.dtype == own.q.dtype == torch.bfloat16
     with torch.no_grad():
-        again = wide._schedule(item().batch, *(type(state)(*(x.float() for x in state)) for state in (shared, own)))
-        theta = wide.model.predictor(describe(again.u, again.rho, again.valid))
+        shared, own = (type(state)(*(x.float() for x in state)) for state in (shared, own))
+        predictor = wide.model.predictor
+        again = decide(own, shared, item().batch.layout, predictor, backend="reference")
+        theta = threshold(describe(again.u, again.rho, again.valid), predictor.weights, CONFIG.pruning.threshold_scale)
     assert torch.equal(output.schedule.u, again.u) and torch.equal(output.schedule.p, again.p)
     assert torch.equal(output.schedule.theta, theta)
 

@@ -9,17 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from photon.config import PruningConfig
-from photon.scheduling import (
-    Schedule,
-    ThresholdPredictor,
-    describe,
-    highest,
-    invert,
-    normalise,
-    question_vector,
-    saliency,
-    schedule,
-)
+from photon.model.pruning import kept_tokens
+from photon.ops.saliency.reference import question_vector, scores
+from photon.ops.schedule.reference import describe, highest, normalise, threshold
+from photon.scheduling import Schedule, ThresholdPredictor
 
 
 def naive_scores(q: Tensor, k: Tensor, k_visual: Tensor) -> Tensor:
@@ -59,8 +52,14 @@ def predictor(bias: float = 0.0, **changes: object) -> ThresholdPredictor:
 
 
 def decide(u: list[float], bias: float = 0.0, **changes: object) -> Schedule:
-    scores = torch.tensor([u])
-    return schedule(scores, torch.ones_like(scores, dtype=torch.bool), predictor(bias, **changes))
+    return schedule(torch.tensor([u]), predictor(bias, **changes))
+
+
+def schedule(u: Tensor, network: ThresholdPredictor, lengths: list[int] | None = None) -> Schedule:
+    """Rows [S, N] of scores, of which the first ones are real (all unless said)."""
+    sizes = torch.full(u.shape[:1], u.shape[1]) if lengths is None else torch.tensor(lengths)
+    decision: Schedule = network(u, sizes, torch.arange(u.shape[0]))
+    return decision
 
 
 def test_scores_by_hand() -> None:
@@ -69,7 +68,7 @@ def test_scores_by_hand() -> None:
     # c = (8, 3), w = (8/11, 3/11), sum w q = 25/11
     z = question_vector(q[None], k[None], torch.ones(1, 2, dtype=torch.bool))
     torch.testing.assert_close(z.flatten(), torch.tensor([25 / 11]))
-    u = saliency(z, torch.tensor([[[[1.0]], [[-2.0]]]]))
+    u = scores(z, torch.tensor([[[1.0]], [[-2.0]]]))
     torch.testing.assert_close(u, torch.tensor([[25 / 11, -50 / 11]]))
 
 
@@ -90,7 +89,8 @@ def test_scores_agree_with_the_naive_formula(heads: int, groups: int, scale: flo
     visual = torch.randn(4, num_visual, groups, head_dim, generator=generator)
     valid = torch.arange(5) < torch.tensor(lengths)[:, None]
     q[~valid], k[~valid] = torch.nan, torch.nan  # whatever lies behind a question must not matter
-    u = saliency(question_vector(q, k, valid), visual)
+    z = question_vector(q, k, valid)
+    u = torch.cat([scores(z[row : row + 1], visual[row]) for row in range(4)])
     for row, length in enumerate(lengths):
         expected = naive_scores(q[row, :length], k[row, :length], visual[row])
         torch.testing.assert_close(u[row], expected, rtol=1e-5, atol=1e-6)
@@ -107,7 +107,7 @@ def test_a_question_of_no_width_gives_zero() -> None:
 def test_scores_carry_no_gradient() -> None:
     q, k = torch.randn(1, 3, 4, 8, requires_grad=True), torch.randn(1, 3, 2, 8, requires_grad=True)
     z = question_vector(q, k, torch.ones(1, 3, dtype=torch.bool))
-    assert not z.requires_grad and not saliency(z, torch.randn(1, 5, 2, 8, requires_grad=True)).requires_grad
+    assert not z.requires_grad and not scores(z, torch.randn(5, 2, 8, requires_grad=True)).requires_grad
 
 
 @pytest.mark.parametrize("counts", [(9, 4, 1), (2, 3, 50)])
@@ -155,13 +155,13 @@ def test_threshold_network() -> None:
     assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
     hidden = torch.nn.functional.gelu(x @ first.weight.T + first.bias)
     expected = 0.7 * torch.sigmoid(hidden @ last.weight.T + last.bias)[:, 0]
-    torch.testing.assert_close(network(x), expected)
+    torch.testing.assert_close(threshold(x, network.weights, 0.7), expected)
 
 
 def test_gradient_reaches_the_threshold_alone() -> None:
     network = predictor()
     u = torch.tensor([[1.0, 2.0, 5.0]], requires_grad=True)
-    schedule(u.detach(), torch.ones(1, 3, dtype=torch.bool), network).p.sum().backward()
+    schedule(u, network).p.sum().backward()
     assert u.grad is None
     slope = last_bias(network).grad
     assert slope is not None and float(slope) < 0, "a higher threshold keeps less"
@@ -193,7 +193,7 @@ def test_a_score_that_is_not_finite_steers_nothing(bad: float) -> None:
 
 def test_scores_that_are_all_nan_keep_the_minimum() -> None:
     network = predictor(min_tokens=2)
-    decision = schedule(torch.full((1, 4), math.nan), torch.ones(1, 4, dtype=torch.bool), network)
+    decision = schedule(torch.full((1, 4), math.nan), network)
     assert decision.keep.tolist() == [[True, True, False, False]]
     assert not decision.p.any()
     decision.p.sum().backward()
@@ -208,9 +208,9 @@ def test_nan_is_kept_only_when_nothing_else_is_left() -> None:
 def test_a_branch_without_tokens_decides_nothing_and_disturbs_no_other() -> None:
     network = predictor(min_tokens=2)
     u = torch.tensor([[1.0, 2.0, 5.0], [7.0, 8.0, 9.0]])
-    both = schedule(u, torch.tensor([[True] * 3, [False] * 3]), network)
+    both = schedule(u, network, [3, 0])
     assert not both.keep[1].any() and not both.p[1].any()
-    assert torch.equal(both.keep[:1], schedule(u[:1], torch.ones(1, 3, dtype=torch.bool), network).keep)
+    assert torch.equal(both.keep[:1], schedule(u[:1], network).keep)
     both.p.sum().backward()
     slope = last_bias(network).grad
     assert slope is not None and bool(torch.isfinite(slope).all())
@@ -223,6 +223,13 @@ def test_highest_takes_the_first_of_equal_values() -> None:
     assert bool(highest(values, 7).all())
 
 
-def test_invert_stays_inside_the_tokens() -> None:
-    keep, valid = torch.tensor([[True, False, False]]), torch.tensor([[True, True, False]])
-    assert invert(keep, valid).tolist() == [[False, True, False]]
+def test_which_tokens_go_on() -> None:
+    """All while soft; the kept ones, or the others where the mask is flipped, padding never."""
+    decision = schedule(torch.tensor([[1.0, 2.0, 9.0], [9.0, 2.0, 0.0]]), predictor(), [3, 2])
+    assert decision.keep.tolist() == [[False, False, True], [True, False, False]]
+    flip = torch.tensor([False, True])
+    assert kept_tokens(decision, "soft", None) is decision.valid
+    assert kept_tokens(decision, "hard", None) is decision.keep
+    flipped = kept_tokens(decision, "hard", flip)
+    assert flipped is not None and flipped.tolist() == [[False, False, True], [False, True, False]]
+    assert kept_tokens(None, "hard", flip) is None

@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from photon.surrogate import pack, probability_gradient
+from photon.ops.layout import Layout
+from photon.ops.selection.op import select_rows
+from photon.ops.surrogate.op import pack
+from photon.ops.surrogate.reference import probability_gradient
 
 
 def by_hand(alignment: list[float], magnitude: list[float], p: list[float], rule: str) -> list[float]:
@@ -66,26 +69,28 @@ def test_padding_changes_nothing(rule: str) -> None:
     assert not found[0, 4:].any() and not found[1].any()
 
 
-def layout() -> tuple[Tensor, Tensor, Tensor]:
-    """Two branches over 6 rows of which 1..4 are visual: both take text row 0; rows, slots, valid [2, 4]."""
-    rows = torch.tensor([0, 1, 3, 5, 0, 4, 5])
-    slots = torch.tensor([-1, 0, 2, -1, -1, 7, -1])
-    return rows, slots, torch.ones(2, 4, dtype=torch.bool)
+KEEP = torch.tensor([[True, False, True, False], [False, False, False, True]])
+LAYOUT = Layout.build([6], [[(1, 4)]], [0, 0], [0, 0], [0, 0])
+"""Two branches over 6 rows of which 1..4 are visual; both take the text rows 0 and 5."""
+ROWS = [0, 1, 3, 5, 0, 4, 5]
+
+
+def packed(x: Tensor, p: Tensor | None, *, rule: str) -> Tensor:
+    """Rows [7, D] of x [6, D]."""
+    return pack(x, x.new_zeros(0, x.shape[1]), p, select_rows(KEEP, LAYOUT), LAYOUT, rule=rule)
 
 
 def test_forward_moves_rows() -> None:
-    rows, slots, valid = layout()
     x = torch.randn(6, 3)
-    assert torch.equal(pack(x, torch.rand(2, 4), rows, slots, valid, rule="taylor"), x[rows])
+    assert torch.equal(packed(x, torch.rand(2, 4), rule="taylor"), x[ROWS])
 
 
 def test_nan_in_a_dropped_row_stays_behind() -> None:
-    rows, slots, valid = layout()
     x = torch.randn(6, 3)
     x[2] = torch.nan  # visual row that neither branch keeps
     x.requires_grad_()
     p = torch.rand(2, 4, requires_grad=True)
-    y = pack(x, p, rows, slots, valid, rule="paper")
+    y = packed(x, p, rule="paper")
     y.square().sum().backward()
     assert bool(torch.isfinite(y).all())
     assert x.grad is not None and p.grad is not None
@@ -94,12 +99,11 @@ def test_nan_in_a_dropped_row_stays_behind() -> None:
 
 def test_row_gradients_by_finite_differences() -> None:
     """Rows taken by several branches add up, rows nobody takes get zero; text rows are rows like any other."""
-    rows, slots, valid = layout()
     x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     p = torch.rand(2, 4)
-    assert torch.autograd.gradcheck(lambda t: pack(t, p, rows, slots, valid, rule="paper"), (x,))
+    assert torch.autograd.gradcheck(lambda t: packed(t, p, rule="paper"), (x,))
     g = torch.arange(21.0, dtype=torch.float64).view(7, 3)
-    pack(x, p, rows, slots, valid, rule="paper").backward(g)
+    packed(x, p, rule="paper").backward(g)
     assert x.grad is not None
     torch.testing.assert_close(x.grad[0], g[0] + g[4])
     torch.testing.assert_close(x.grad[5], g[3] + g[6])
@@ -108,11 +112,10 @@ def test_row_gradients_by_finite_differences() -> None:
 
 @pytest.mark.parametrize("rule", ["paper", "taylor"])
 def test_probability_gradient_uses_the_kept_rows(rule: str) -> None:
-    rows, slots, valid = layout()
     x = torch.randn(6, 3, requires_grad=True)
     p = torch.rand(2, 4, requires_grad=True)
     g = torch.randn(7, 3)
-    pack(x, p, rows, slots, valid, rule=rule).backward(g)
+    packed(x, p, rule=rule).backward(g)
     products = [torch.zeros(4, 3), torch.zeros(4, 3)]
     products[0][0], products[0][2] = x.detach()[1] * g[1], x.detach()[3] * g[2]
     products[1][3] = x.detach()[4] * g[5]
@@ -123,7 +126,6 @@ def test_probability_gradient_uses_the_kept_rows(rule: str) -> None:
 
 
 def test_probabilities_without_gradient_are_left_alone() -> None:
-    rows, slots, valid = layout()
     x, p = torch.randn(6, 3, requires_grad=True), torch.rand(2, 4)
-    pack(x, p, rows, slots, valid, rule="paper").sum().backward()
+    packed(x, p, rule="paper").sum().backward()
     assert p.grad is None and x.grad is not None

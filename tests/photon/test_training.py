@@ -270,9 +270,9 @@ def test_report_numbers() -> None:
         decision = model(item.batch, "hard").schedule
     assert result.kept_fraction == pytest.approx(float(decision.keep[decision.valid].float().mean()))
     assert 0.0 <= result.correct <= 1.0 and result.answer_loss > 0.0
-    text = item.batch.context_lengths - item.batch.volume_counts
+    counts = item.batch.layout.pair_lengths
     output = model(item.batch, "hard", flip=item.is_flipped)
-    expected = text[item.batch.branch_context] + item.batch.branch_lengths
+    expected = item.batch.layout.context_lengths - counts + item.batch.layout.own_lengths
     visual = torch.bincount(output.selection.slots[output.selection.slots >= 0] // decision.keep.shape[1], minlength=4)
     assert result.tokens_per_branch == pytest.approx(float((expected + visual).float().mean()))
     full = compute_loss(model, item, "warm-up")

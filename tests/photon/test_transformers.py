@@ -172,7 +172,7 @@ def test_a_packed_batch_gives_what_they_give_one_by_one(
     batch = pack_batch(contexts, branches, ours.config)
     with torch.no_grad():
         output = ours(batch, "full")
-        logits = ours.logits(output.hidden[output.branch_rows]).split(batch.branch_lengths.tolist())
+        logits = ours.logits(output.hidden[output.branch_rows]).split(batch.branch_lengths)
     for got, (context, branch) in zip(logits, prompts, strict=True):
         positions = positions_of(pack_batch([context], [branch], ours.config))
         expected = their_logits(theirs, context, branch, positions)[-len(got) :]

@@ -15,7 +15,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from photon.errors import PhotonError
-from photon.model.packing import question_mask, split_prompt
+from photon.model.packing import num_question_tokens, split_prompt
 from photon.testing import micro_config
 from pipelines.dataset import LabelledScan, read_split
 from pipelines.text import PROMPT, PUBLIC_SYSTEM_PROMPT, SPECIALS, TOKENIZER, UNKNOWN, Prompter, build_tokenizer
@@ -240,7 +240,7 @@ def test_the_question_span_lies_between_vision_end_and_the_next_im_end(question:
     assert split_prompt(ids, config) == len(context)
     first = max(place for place, token in enumerate(ids.tolist()) if token == ends["vision_end"]) + 1
     last = next(place for place in range(first, len(ids)) if ids[place] == ends["eos"])
-    span = question_mask(branch, ends["eos"]).nonzero().flatten() + len(context)
+    span = torch.arange(num_question_tokens(branch, ends["eos"])) + len(context)
     assert span.tolist() == list(range(first, last))
     assert prompter.text(ids[first:last].tolist()) == normalised(question).strip()
 

@@ -105,17 +105,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     _, _, theta, p, _, descriptor = output
     ctx.save_for_backward(descriptor, theta, p, *inputs[2:6])
     ctx.scale, ctx.temperature = inputs[6], inputs[7]
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     descriptor, theta, p, *weights = ctx.saved_tensors
     grad_theta, grad_p = grads[2], grads[3]
-    # p is 0 where there is no token, and whatever came in there must not count.
-    slope = torch.where(p > 0, grad_p * p * (1 - p), 0.0).sum(-1) / ctx.temperature
+    total = torch.zeros_like(theta) if grad_theta is None else grad_theta
+    if grad_p is not None:
+        # p is 0 where there is no token, and whatever came in there must not count.
+        total = total - torch.where(p > 0, grad_p * p * (1 - p), 0.0).sum(-1) / ctx.temperature
     with torch.autocast(p.device.type, enabled=False):
-        gradients = reference.threshold_gradient(
-            grad_theta - slope, descriptor, theta, ThresholdWeights(*weights), ctx.scale
-        )
+        gradients = reference.threshold_gradient(total, descriptor, theta, ThresholdWeights(*weights), ctx.scale)
     return None, None, *gradients, None, None, None, None
 
 
