@@ -13,11 +13,12 @@ def select_rows(
     own_starts: Tensor,
     own_lengths: Tensor,
     first_pairs: Tensor,
+    pair_starts: Tensor,
     pair_lengths: Tensor,
     context_slots: Tensor,
     num_entries: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The registered operator's contract; ``pair_lengths`` is for the kernel alone."""
+    """The registered operator's contract; the kernel alone needs ``pair_starts`` and ``pair_lengths``."""
     num_branches, num_context_rows = own_starts.shape[0], context_slots.shape[0]
     totals = context_lengths + own_lengths
     entry_starts = totals.cumsum(0) - totals
