@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from photon.config import PhotonConfig
+from photon.device import column
 from photon.model.attention import Attention
 from photon.model.layers import GatedMLP, RMSNorm, Rotary, rotary_table, rotate
 from photon.scheduling import ThresholdPredictor
@@ -102,5 +103,5 @@ class Decoder(nn.Module):
         exponent = torch.arange(half, dtype=torch.float32, device=positions.device) / half
         frequency = 1.0 / self.config.rope_theta**exponent
         sections = enumerate(self.config.mrope_section)
-        axis = torch.tensor([axis for axis, pairs in sections for _ in range(pairs)], device=positions.device)
+        axis = column([axis for axis, pairs in sections for _ in range(pairs)], positions.device)
         return rotary_table(positions.float().T[:, axis] * frequency)

@@ -21,13 +21,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from photon.checkpoint import WEIGHTS, load_tensors, read_model, read_pretrained, save_tensors, write_model
-from photon.device import choose_device
+from photon.decoding import build_cache, decode_step
+from photon.device import choose_device, column
 from photon.errors import PhotonError
-from photon.generate import ask, decode, encode_scan, generate
+from photon.generate import ask, decode, encode_scan, generate, last_rows
 from photon.likelihood import option_log_likelihoods
 from photon.model.network import Photon
 from photon.model.packing import without_empty_tokens
 from photon.model.pruning import Mode
+from photon.ops import compaction, saliency, schedule, selection
 from photon.sampling import Generated, Sampling
 from photon.testing import micro_config, micro_model, random_branch, random_context, training_batch
 from photon.training.loop import OptimiserConfig, StepReport, Trainer
@@ -45,6 +47,16 @@ FACTORIES = (
 )
 
 
+WAITING = (
+    *(torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default),
+    *(torch.ops.aten.masked_select.default, torch.ops.aten.unique_consecutive.default, torch.ops.aten._unique2.default),
+    torch.ops.aten.repeat_interleave.Tensor,
+)
+"""Operations whose result, or its size, has to be known by the host."""
+waits: list[str] = []
+"""What made the host wait for the pretended GPU."""
+
+
 class Pretended(Tensor):
     """A tensor on the CPU that says it is on a GPU."""
 
@@ -60,6 +72,11 @@ class Pretended(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in WAITING and (kwargs or {}).get("output_size") is None:
+            waits.append(str(func))
+        indices = args[1] if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default) else ()
+        if any(index is not None and index.dtype == torch.bool for index in indices):
+            waits.append(str(func))
         return run_held(func, args, kwargs or {})
 
 
@@ -90,7 +107,10 @@ class PretendGPU(TorchFunctionMode):
             return GPU
         if func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
             return is_pretended
+        if func == Tensor.is_cpu.__get__:  # type: ignore[attr-defined]
+            return not is_pretended
         if func == Tensor.tolist and is_pretended:
+            waits.append("tolist")
             return first.held.tolist()
         if func == Tensor.pin_memory:
             return first
@@ -100,13 +120,15 @@ class PretendGPU(TorchFunctionMode):
             return self._moved(first, *args[1:], **kwargs)
         if kwargs.get("device") is not None and func in FACTORIES:
             device = torch.device(kwargs.pop("device"))
+            if device.type == "cuda" and func == torch.tensor:
+                waits.append("torch.tensor")
             made = func(*tree_map(held_by, args), **kwargs)
             return Pretended(made) if device.type == "cuda" else made
         return func(*args, **kwargs)
 
     def _moved(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`Tensor.to` with its device, its type and a like tensor wherever they stand."""
-        copy = bool(kwargs.pop("copy", False))
+        copy, is_waiting = bool(kwargs.pop("copy", False)), not kwargs.pop("non_blocking", False)
         is_on_gpu = isinstance(tensor, Pretended)
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor):
@@ -116,7 +138,11 @@ class PretendGPU(TorchFunctionMode):
             elif isinstance(value, str | torch.device):
                 is_on_gpu = torch.device(value).type == "cuda"
         tensor = tensor.clone() if copy else tensor
-        return tensor if is_on_gpu == isinstance(tensor, Pretended) else Transfer.apply(tensor)
+        if is_on_gpu == isinstance(tensor, Pretended):
+            return tensor
+        if is_waiting or not is_on_gpu:
+            waits.append("copy")
+        return Transfer.apply(tensor)
 
 
 class Transfer(torch.autograd.Function):
@@ -360,6 +386,104 @@ def test_scores_alone(place: Place) -> None:
     theirs, ours = micro_model(CONFIG).model.predictor, place.put(micro_model(CONFIG)).model.predictor
     expected, found = theirs(u, lengths, branch), ours(u.to("cuda"), lengths.to("cuda"), branch.to("cuda"))
     assert place.has(found.keep) and place.agree(found.keep, expected.keep) and place.agree(found.p, expected.p)
+
+
+@contextlib.contextmanager
+def counted(place: Place) -> Iterator[list[str]]:
+    """What made the host wait for the GPU inside the block."""
+    found: list[str] = []
+    if place.is_pretended:
+        waits.clear()
+        yield found
+        found += waits
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        found += [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+
+
+def test_waiting_is_noticed(place: Place) -> None:
+    x = torch.arange(3).to("cuda")
+    actions: tuple[Callable[[], object], ...] = (
+        lambda: int(x.max()),
+        lambda: x.tolist(),
+        lambda: x.nonzero(),
+        lambda: x[x > 1],
+        lambda: torch.repeat_interleave(x, x),
+        lambda: x.cpu(),
+        lambda: torch.arange(3).to("cuda"),
+        lambda: torch.tensor([1, 2], device="cuda"),
+    )
+    for number, action in enumerate(actions):
+        with counted(place) as found:
+            action()
+        assert len(found) >= 1, number
+    with counted(place) as found:
+        column([1, 2], x.device) + x[:2] + torch.arange(2, device="cuda")
+        torch.repeat_interleave(x, x, output_size=3)
+    assert not found
+
+
+@pytest.mark.parametrize("with_layers", [False, True])
+def test_pruning_waits_once_and_decoding_never(place: Place, with_layers: bool) -> None:
+    """Once: how many rows each branch keeps is the size of all that follows."""
+    model, item = place.put(micro_model(CONFIG)), mixed_item(num_answer=0).to("cuda")
+    with torch.no_grad():
+        context = model.encode_contexts(item.batch, CONFIG.pruning.layer + 1)
+        model.run_branches(item.batch, context, "hard", with_layers=with_layers)  # kernels are built in a first run
+        with counted(place) as found:
+            output = model.run_branches(item.batch, context, "hard", with_layers=with_layers)
+        assert len(found) == 1, found
+        if not with_layers:
+            return
+        assert output.layers is not None and output.layer_lengths is not None
+        with counted(place) as found:
+            cache = build_cache(output.layers, output.layer_lengths, room=2)
+            logits = model.logits(output.hidden[last_rows(item.batch, output)])
+            ids, positions = logits.argmax(-1), item.batch.branch_positions[0, :4]
+            for _ in range(2):
+                logits, cache = decode_step(model, ids, positions, cache)
+        assert not found, found
+
+
+def test_a_training_step_waits_once_for_pruning(place: Place) -> None:
+    """Forward through the pruned layers, and backward through all."""
+    model, item = place.put(micro_model(CONFIG)), mixed_item().to("cuda")
+    context = model.encode_contexts(item.batch, CONFIG.pruning.layer + 1)
+    flags = {"flip": item.is_flipped, "detach": item.is_perturbed}
+    model.run_branches(item.batch, context, "hard", **flags).hidden.square().sum().backward(retain_graph=True)
+    with counted(place) as found:
+        output = model.run_branches(item.batch, context, "hard", **flags)
+        output.hidden.square().sum().backward(retain_graph=True)
+    assert len(found) == 1, found
+
+
+def test_the_plain_operators_do_not_wait(place: Place) -> None:
+    """The references themselves, beside the kernels: only the number of rows is asked for, by `select_rows`."""
+    batch = mixed_item().to("cuda").batch
+    layout, num_rows = batch.layout, (batch.context_ids.shape[0], batch.branch_ids.shape[0])
+    q, k, keys = (
+        torch.randn(shape).to("cuda") for shape in ((num_rows[1], 4, 8), (num_rows[1], 2, 8), (num_rows[0], 2, 8))
+    )
+    hidden, own = torch.randn(num_rows[0], 8).to("cuda"), torch.randn(num_rows[1], 8).to("cuda")
+    weights = place.put(micro_model(CONFIG)).model.predictor.weights
+    with torch.no_grad(), counted(place) as found:
+        u = saliency.reference.saliency(
+            q, k, keys, layout.own_starts, layout.question_lengths, layout.pair_branch, layout.pair_starts,
+            layout.pair_lengths, layout.num_columns, layout.longest_question,
+        )  # fmt: skip
+        decision, _ = schedule.reference.schedule(u, layout.pair_lengths, weights, 0.9, 0.2, 2)
+        rows, *_ = selection.reference.select_rows(
+            decision.keep, layout.context_starts, layout.context_lengths, layout.own_starts, layout.own_lengths,
+            layout.first_pairs, layout.pair_starts, layout.pair_lengths, layout.context_slots, layout.num_entries,
+        )  # fmt: skip
+        compaction.reference.compact([hidden], [own], rows)
+    assert not found, found
 
 
 def kernel_on_the_cpu(
