@@ -1,0 +1,136 @@
+"""Compile every kernel for real GPUs, on any machine: what the interpreter lets pass may still not compile.
+
+Run as a script without TRITON_INTERPRET. Prints a JSON line for each kernel and target: name, target, registers per
+thread, bytes spilled to local memory, bytes of shared memory. Shapes are those of the 3B model in bfloat16.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from photon.ops.saliency import kernels as saliency
+from photon.ops.schedule import kernels as schedule
+
+TARGETS = (80, 90)
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A kernel and how it is launched.
+
+    Attributes:
+        kernel: the jitted function.
+        types: types of its arguments in order, as Triton writes them; an int is a constant, as a stride of 1 becomes.
+        constants: its constexpr arguments.
+        options: num_warps and other options of the launch.
+        label: tells cases of one kernel apart.
+    """
+
+    kernel: Any
+    types: tuple[str | int, ...]
+    constants: Mapping[str, Any]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    label: str = ""
+
+    def source(self) -> ASTSource:
+        """What Triton compiles; pointers are aligned, as PyTorch's are."""
+        names = [name for name in self.kernel.arg_names if name not in self.constants]
+        assert len(names) == len(self.types), f"{self.kernel.__name__} takes {names}"
+        types = dict(zip(names, self.types, strict=True))
+        constants = {**self.constants, **{name: kind for name, kind in types.items() if isinstance(kind, int)}}
+        order = self.kernel.arg_names
+        signature = {name: "constexpr" if name in constants else str(types[name]) for name in order}
+        aligned = {(order.index(n),): [["tt.divisibility", 16]] for n, kind in signature.items() if kind[0] == "*"}
+        return ASTSource(self.kernel, signature, {(order.index(n),): value for n, value in constants.items()}, aligned)
+
+
+HEADS = {"HEAD_DIM": 128, "BLOCK_DIM": 128}
+ROWS = ("i32", "i32", 1)
+"""Strides of [rows, heads, d]."""
+
+
+def saliency_cases() -> list[Case]:
+    """The three kernels of saliency in both ways of multiplying."""
+    cases = []
+    for rows, is_widened in (("*bf16", False), ("*fp32", True)):
+        cases.append(
+            Case(
+                kernel=saliency.centrality_kernel,
+                types=(rows, rows, "*fp32", "*i64", "*i64", *ROWS, *ROWS, "i32"),
+                constants={"SHARE": 8, "BLOCK": saliency.BLOCK_QUESTION, "IS_WIDENED": is_widened, **HEADS},
+                label=rows,
+            )
+        )
+    question = {"NUM_HEADS": 16, "BLOCK_HEADS": 16, "BLOCK": saliency.BLOCK_QUESTION, **HEADS}
+    score = {"NUM_KEY_HEADS": 2, "SHARE": 8, "BLOCK_SHARE": 8, "BLOCK": saliency.BLOCK_COLUMNS, **HEADS}
+    cases += [
+        Case(
+            kernel=saliency.question_kernel,
+            types=("*bf16", "*fp32", "*fp32", "*i64", "*i64", *ROWS, "i32", "fp32"),
+            constants=question,
+        ),
+        Case(
+            kernel=saliency.score_kernel,
+            types=("*fp32", "*bf16", "*fp32", "*i64", "*i64", "*i64", *ROWS, "i32"),
+            constants=score,
+        ),
+    ]
+    return cases
+
+
+def schedule_cases() -> list[Case]:
+    """The schedule of a row in each size class."""
+    inputs, outputs = ("*fp32", "*i64", *("*bf16",) * 4), (*("*fp32",) * 4, "*i1", "*fp32")
+    return [
+        Case(
+            kernel=schedule.schedule_kernel,
+            types=(*inputs, *outputs, *("i32",) * 4, "fp32", "fp32"),
+            constants={"BLOCK": columns, "BLOCK_HIDDEN": 256},
+            options={"num_warps": schedule.num_warps(columns), "enable_fp_fusion": False},
+            label=str(columns),
+        )
+        for columns in (1024, 4096, 8192, 16384, 32768)
+    ]
+
+
+def cases() -> list[Case]:
+    """Every kernel of the operators."""
+    return [*saliency_cases(), *schedule_cases()]
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """Registers, spilled bytes and shared memory of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = subprocess.run([str(CUOBJDUMP), "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", run.stdout))
+    return {"registers": int(found["REG"]), "spilled_bytes": int(found["STACK"]) + int(found["LOCAL"])}
+
+
+def main() -> None:
+    for case in cases():
+        for capability in TARGETS:
+            target = GPUTarget("cuda", capability, 32)
+            compiled = triton.compile(case.source(), target=target, options={"enable_fp_fusion": True, **case.options})
+            line = {"kernel": case.kernel.__name__, "case": case.label, "sm": capability}
+            line |= usage(compiled.asm["cubin"]) | {"shared_bytes": compiled.metadata.shared}
+            sys.stdout.write(json.dumps(line) + "\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
