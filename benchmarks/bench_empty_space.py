@@ -30,10 +30,12 @@ from pipelines.dataset import read_split, volume_patches
 from pipelines.metrics import score_answer
 from pipelines.phantoms import PhantomSpec, make_phantom, plan_visits
 from pipelines.predict import TorchAnswerer
-from pipelines.preprocess import find_scans
 from pipelines.resample import VOLUME_SPECS, VolumeSpec
+from pipelines.scans.find import find_scans
+from pipelines.scans.nifti import write_scan
+from pipelines.scans.scan import Scan, read_scan
 from pipelines.statistics import mean_interval, paired_difference_interval
-from pipelines.volumes import Scan, Volume, read_scan, resample, write_scan
+from pipelines.volumes import Volume, resample
 
 CT_WINDOW = (-1000, 1000)
 AIR_HU = -900

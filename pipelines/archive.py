@@ -13,7 +13,8 @@ import numpy as np
 from photon.errors import PhotonError
 from pipelines.files import prepare_output_folder, write_bytes
 from pipelines.questions import EVERY_SCAN, Question, read_questions, write_questions
-from pipelines.volumes import GZIP_LEVEL, is_nifti_name, read_scan, sample_scans, write_scan
+from pipelines.scans.nifti import GZIP_LEVEL, is_nifti_name, sample_scans, write_scan
+from pipelines.scans.scan import read_scan
 
 QUESTIONS_NAME = "questions.jsonl"
 

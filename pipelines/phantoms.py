@@ -18,7 +18,7 @@ from pipelines.anatomy import FINDINGS, LABELS, TRAITS, Canvas, draw_patient, pa
 from pipelines.files import prepare_output_folder, write_json, write_text
 from pipelines.questions import Question, questions_for_scan, write_questions
 from pipelines.results import DataRecord
-from pipelines.volumes import write_scan
+from pipelines.scans.nifti import write_scan
 
 Progress = Callable[[int, int, str], None]
 

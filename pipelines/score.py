@@ -18,9 +18,10 @@ import polars as pl
 from photon.errors import PhotonError
 from pipelines.answers import Answer, Answerer
 from pipelines.files import file_digest, lock_output, prepare_output_folder
-from pipelines.preprocess import find_scans
 from pipelines.questions import EVERY_SCAN, Question, read_questions, select
 from pipelines.results import ScoreRecord
+from pipelines.scans.find import find_scans
+from pipelines.scans.scan import read_scan
 from pipelines.score_store import (
     folder_digest,
     join_parts,
@@ -29,7 +30,7 @@ from pipelines.score_store import (
     score_frame,
     write_part,
 )
-from pipelines.volumes import Volume, VolumeSpec, read_scan, read_volume, resample, write_volume
+from pipelines.volumes import Volume, VolumeSpec, read_volume, resample, write_volume
 
 TABLE_FILE = "scores.parquet"
 RECORD_FILE = "score.json"

@@ -1,4 +1,4 @@
-"""Scans in, volumes out: the only module that knows nibabel.
+"""Scans put on a grid, and volumes on disk.
 
 A *scan* is what a file holds, in its own axes; a *volume* is int16 [Z, Y, X] on the grid of a `VolumeSpec`
 (`pipelines/resample.py`), with Z towards the head, Y towards the back and X towards the patient's left.
@@ -7,34 +7,18 @@ A *scan* is what a file holds, in its own axes; a *volume* is int16 [Z, Y, X] on
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import hashlib
-import io
 import json
-import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import nibabel
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from photon.errors import PhotonError
-from pipelines.files import file_digest, write_bytes
-from pipelines.nifti_header import (
-    EXPORT_AGAIN,
-    MAX_VOXELS,
-    bad_affine,
-    checked_affine,
-    checked_scaling,
-    column_length,
-    declared_grid,
-    scaled,
-    unreadable,
-    voxel_offset,
-)
+from pipelines.files import write_bytes
 from pipelines.resample import (
     VOLUME_SPECS,
     VolumeSpec,
@@ -45,38 +29,15 @@ from pipelines.resample import (
     resample_linear,
     resample_nearest,
 )
-from pipelines.streams import ScanStream
+from pipelines.scans.checks import EXPORT_AGAIN
+from pipelines.scans.scan import Scan, read_scan
 
 __all__ = ["VOLUME_SPECS", "VolumeSpec"]
 
 DARK_HU = -20
 DARK_FRACTION = 0.02
-MANY_GREYS = 128
 MR_PERCENTILES = (0.5, 99.5)
 METADATA_KEY = "photon"
-GZIP_LEVEL = 1
-
-_HEADERS = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Scan:
-    """A scan file as it was read.
-
-    Args:
-        array: int16 or float32 [i, j, k] in the file's own axes, slope and intercept applied.
-        affine: float64 [4, 4], array index to world RAS millimetres.
-        orientation: where the array axes point to, e.g. ``RAS``.
-        notes: what was unusual but acceptable.
-    """
-
-    array: np.ndarray
-    affine: np.ndarray
-    path: Path
-    sha256: str
-    spacing_mm: tuple[float, ...]
-    orientation: str
-    notes: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,89 +56,6 @@ class Volume:
     affine: np.ndarray
     spec: VolumeSpec
     metadata: dict[str, Any]
-
-
-def scan_id_of(path: Path) -> str:
-    """File name without ``.nii`` or ``.nii.gz``."""
-    name = path.name
-    for ending in (".gz", ".nii"):
-        if name.lower().endswith(ending):
-            name = name[: -len(ending)]
-    return name
-
-
-def is_nifti_name(path: Path) -> bool:
-    """Whether the name ends in ``.nii`` or ``.nii.gz``."""
-    return path.name.lower().endswith((".nii", ".nii.gz"))
-
-
-def read_scan(path: Path, max_voxels: int = MAX_VOXELS) -> Scan:
-    """Read a NIfTI scan and prove that it is whole and makes sense.
-
-    Raises:
-        PhotonError: ``SCAN_MISSING``, ``FORMAT_UNSUPPORTED``, ``SCAN_UNREADABLE``, ``GZIP_CORRUPT``,
-            ``SCAN_TRUNCATED``, ``SCAN_TRAILING_DATA``, ``SCAN_TOO_LARGE``, ``SCAN_NOT_3D``, ``SCAN_RGB``,
-            ``SPACING_INVALID``, ``AFFINE_INVALID``, ``SCALING_INVALID``, ``VOXELS_NOT_FINITE`` or
-            ``SCAN_CONSTANT``.
-    """
-    if not path.exists():
-        raise PhotonError("SCAN_MISSING", path, "the file does not exist.", "Check the path.")
-    if path.is_dir() or not is_nifti_name(path):
-        kind = "a folder (a DICOM series?)" if path.is_dir() else f"a {path.suffix or 'nameless'} file"
-        raise PhotonError(
-            "FORMAT_UNSUPPORTED",
-            path,
-            f"it is {kind}; only NIfTI is read.",
-            "Convert it to .nii.gz, e.g. by dcm2niix.",
-        )
-    notes: list[str] = []
-    with ScanStream(path) as stream:
-        try:
-            header = _read_header(stream)
-            shape, dtype = declared_grid(header, path, max_voxels)
-            affine = checked_affine(header, *_matrices(header, path), path, notes)
-            slope, intercept = checked_scaling(header, path, notes)
-            stream.skip(voxel_offset(header, path) - int(header["sizeof_hdr"]) - 4)
-            raw = stream.read_array(dtype, math.prod(shape))
-            stream.finish()
-        except PhotonError as error:
-            if error.code not in ("GZIP_CORRUPT", "SCAN_TRUNCATED"):
-                stream.drain()  # a damaged gzip stream explains whatever else was found
-            raise
-    if dtype.itemsize == 1 and np.count_nonzero(np.bincount(raw.view(np.uint8))) < MANY_GREYS:
-        notes.append("few 8-bit values: it may be a label map rather than a scan")
-    return Scan(
-        array=scaled(raw, slope, intercept, path).reshape(shape, order="F"),
-        affine=affine,
-        path=path,
-        sha256=file_digest(path),
-        spacing_mm=tuple(round(column_length(affine, axis), 6) for axis in range(3)),
-        orientation="".join(nibabel.aff2axcodes(affine)),
-        notes=tuple(notes),
-    )
-
-
-def write_scan(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
-    """Write voxels [i, j, k] as NIfTI-1 in millimetres; the bytes of ``.nii`` depend on the content alone."""
-    image = nibabel.Nifti1Image(array, affine)
-    image.header.set_xyzt_units("mm")
-    image.set_sform(affine, code="scanner")
-    image.set_qform(affine, code="scanner")
-    content = image.to_bytes()
-    write_bytes(path, gzip.compress(content, GZIP_LEVEL, mtime=0) if path.name.endswith(".gz") else content)
-
-
-def sample_scans() -> list[Path]:
-    """Real MR files that ship inside the nibabel package: 3D ones, and a 4D one that has to be refused."""
-    folder = Path(nibabel.__file__).parent / "tests" / "data"
-    names = (
-        "anatomical.nii",
-        "reoriented_anat_moved.nii",
-        "functional.nii",
-        "example4d.nii.gz",
-        "example_nifti2.nii.gz",
-    )
-    return [folder / name for name in names if (folder / name).is_file()]
 
 
 def resample(scan: Scan, spec: VolumeSpec, modality: str = "auto") -> Volume:
@@ -307,43 +185,6 @@ def read_volume(path: Path, spec: VolumeSpec | None = None) -> Volume:
         fact = f"it was made for the spec {found.digest()} ({found.as_dict()}), wanted is {spec.digest()}."
         raise PhotonError("VOLUME_SPEC_MISMATCH", path, fact, remedy)
     return volume
-
-
-def _read_header(stream: ScanStream) -> Any:
-    """NIfTI-1 or NIfTI-2 header in either byte order; its 4 bytes of extension flag are read too."""
-    path = stream.path
-    first = stream.read(4)
-    if len(first) < 4:
-        raise PhotonError("SCAN_TRUNCATED", path, f"the file holds {len(first)} bytes.", EXPORT_AGAIN)
-    sizes = {order: int.from_bytes(first, cast(Any, order)) for order in ("little", "big")}
-    size = next((size for size in sizes.values() if size in _HEADERS), None)
-    if size is None:
-        raise unreadable(path, "it does not begin with a NIfTI header.")
-    content = first + stream.read(size)
-    if len(content) < size + 4:
-        raise PhotonError("SCAN_TRUNCATED", path, "the file ends inside its header.", EXPORT_AGAIN)
-    header = _HEADERS[size].from_fileobj(io.BytesIO(content[:size]), check=False)
-    magic = bytes(header["magic"].tobytes())[:4].rstrip(b"\x00")
-    if magic not in (b"n+1", b"n+2"):
-        raise unreadable(path, f"the magic in its header is {magic!r}; two-file NIfTI is not read.")
-    return header
-
-
-def _matrices(header: Any, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """The matrix to use and, where the header has both, the other one (NaN where it cannot be computed)."""
-    wrong = (ValueError, ArithmeticError, nibabel.spatialimages.HeaderDataError)
-    try:
-        with np.errstate(all="ignore"):
-            best = header.get_best_affine()
-    except wrong as error:
-        raise bad_affine(path, f"its quaternion is wrong ({error}).") from error
-    if int(header["sform_code"]) <= 0 or int(header["qform_code"]) <= 0:
-        return best, None
-    try:
-        with np.errstate(all="ignore"):
-            return best, header.get_qform()
-    except wrong:
-        return best, np.full((4, 4), np.nan)
 
 
 def _map_percentiles(values: np.ndarray, scan: Scan, spec: VolumeSpec) -> np.ndarray:

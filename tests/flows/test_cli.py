@@ -28,8 +28,9 @@ from photon.testing import micro_config, micro_model
 from pipelines.answers import Answer
 from pipelines.files import file_digest
 from pipelines.questions import EVERY_SCAN, Question, write_questions
+from pipelines.scans.nifti import write_scan
 from pipelines.train_spec import TrainSpec
-from pipelines.volumes import VOLUME_SPECS, write_scan
+from pipelines.volumes import VOLUME_SPECS
 
 NAMES = [command.__name__ for command in COMMANDS]
 

@@ -13,7 +13,9 @@ from pipelines.manifest import read_manifest
 from pipelines.phantoms import PhantomSpec, generate
 from pipelines.preprocess import preprocess
 from pipelines.questions import questions_about, read_questions
-from pipelines.volumes import VOLUME_SPECS, read_scan, sample_scans
+from pipelines.scans.nifti import sample_scans
+from pipelines.scans.scan import read_scan
+from pipelines.volumes import VOLUME_SPECS
 
 
 @pytest.fixture(scope="module")

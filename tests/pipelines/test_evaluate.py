@@ -20,8 +20,10 @@ from pipelines.evaluate import evaluate
 from pipelines.manifest import write_manifest
 from pipelines.questions import Question, write_questions
 from pipelines.results import EvaluateRecord
+from pipelines.scans.nifti import write_scan
+from pipelines.scans.scan import read_scan
 from pipelines.tracking import MemoryTracker
-from pipelines.volumes import VOLUME_SPECS, Volume, read_scan, resample, write_scan, write_volume
+from pipelines.volumes import VOLUME_SPECS, Volume, resample, write_volume
 
 SPEC = VOLUME_SPECS["smoke"]  # 42 x 56 x 56 voxels of 6 mm: 3 x 2 x 2 = 12 tokens
 LPS = np.diag([-6.0, -6.0, 6.0, 1.0])  # file axes (X, Y, Z) as the grid's, so that label voxels need no thought

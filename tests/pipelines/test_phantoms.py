@@ -15,7 +15,8 @@ from pipelines.files import file_digest
 from pipelines.phantoms import PHANTOM_SPECS, PhantomSpec, generate, make_phantom, plan_visits
 from pipelines.questions import Question, read_questions
 from pipelines.resample import frame_of
-from pipelines.volumes import VOLUME_SPECS, read_scan, resample
+from pipelines.scans.scan import read_scan
+from pipelines.volumes import VOLUME_SPECS, resample
 
 SPEC = PhantomSpec(num_train=4, num_val=2, num_test=2, second_visit_fraction=0.5)
 

@@ -10,8 +10,10 @@ import pytest
 
 from photon.errors import PhotonError
 from pipelines.manifest import read_manifest
-from pipelines.preprocess import find_scans, preprocess
-from pipelines.volumes import VolumeSpec, read_volume, write_scan
+from pipelines.preprocess import preprocess
+from pipelines.scans.find import find_scans
+from pipelines.scans.nifti import write_scan
+from pipelines.volumes import VolumeSpec, read_volume
 
 SPEC = VolumeSpec(spacing_mm=6.0, shape=(14, 28, 28), window_hu=(-200, 300))
 

@@ -20,9 +20,10 @@ from pipelines.page import Markup, definitions, join, row, table, tag
 from pipelines.report import build_report
 from pipelines.report_evaluation import difference_text, score_cell
 from pipelines.results import EvaluateRecord, ExportRecord, ScoreRecord, TrainRecord
+from pipelines.scans.scan import Scan
 from pipelines.score_store import score_frame
 from pipelines.statistics import mean_interval
-from pipelines.volumes import VOLUME_SPECS, Scan, resample, write_volume
+from pipelines.volumes import VOLUME_SPECS, resample, write_volume
 
 SPEC = VOLUME_SPECS["smoke"]  # 3 x 2 x 2 = 12 tokens
 EVIL = "Is 3 < 5 & <script>alert('x')</script>?"

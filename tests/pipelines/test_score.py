@@ -20,9 +20,10 @@ from pipelines.answers import Answer
 from pipelines.files import lock_output
 from pipelines.questions import EVERY_SCAN, Question, write_questions
 from pipelines.results import ScoreRecord
+from pipelines.scans.nifti import write_scan
 from pipelines.score import score
 from pipelines.score_store import SCORE_SCHEMA, join_parts, read_part, score_frame, write_part
-from pipelines.volumes import Volume, VolumeSpec, read_volume, write_scan
+from pipelines.volumes import Volume, VolumeSpec, read_volume
 
 SPEC = VolumeSpec(spacing_mm=4.0, shape=(14, 28, 28), window_hu=(-200, 300))
 

@@ -10,17 +10,19 @@ from typing import Any
 import numpy as np
 
 from photon.errors import PhotonError
+from pipelines.scans.checks import (
+    EXPORT_AGAIN,
+    MAX_SCALE,
+    MAX_SPACING_MISMATCH,
+    MAX_VOXELS,
+    SPACING_RANGE_MM,
+    bad_affine,
+    column_length,
+    shown,
+)
 
-MAX_VOXELS = 2**29
-"""Scans that declare more are refused before memory is taken (1024 x 1024 x 512)."""
-
-SPACING_RANGE_MM = (0.05, 20.0)
-MAX_SPACING_MISMATCH = 0.01
 MAX_QFORM_DISTANCE_MM = 1.0
-MAX_SCALE = 1e6
-MAX_VALUE = 1e7
 MAX_VOX_OFFSET = 1 << 24
-EXPORT_AGAIN = "Export the scan again from its source."
 
 _DTYPES = {
     2: "u1",
@@ -98,7 +100,7 @@ def checked_affine(header: Any, best: np.ndarray, qform: np.ndarray | None, path
     pixdim = [float(value) * unit_mm for value in header["pixdim"][1:4]]
     low, high = SPACING_RANGE_MM
     if not all(low <= value <= high for value in pixdim):
-        fact = f"its voxel spacing is {_shown(pixdim)} mm; {low} to {high} is possible."
+        fact = f"its voxel spacing is {shown(pixdim)} mm; {low} to {high} is possible."
         raise PhotonError("SPACING_INVALID", path, fact, EXPORT_AGAIN)
     affine = np.array(best, np.float64)
     affine[:3] *= unit_mm
@@ -106,7 +108,7 @@ def checked_affine(header: Any, best: np.ndarray, qform: np.ndarray | None, path
         raise bad_affine(path, "its matrix holds NaN or infinity.")
     lengths = [column_length(affine, axis) for axis in range(3)]
     if any(abs(a - b) > MAX_SPACING_MISMATCH * b for a, b in zip(lengths, pixdim, strict=True)):
-        raise bad_affine(path, f"its matrix says {_shown(lengths)} mm a voxel, its spacing {_shown(pixdim)}.")
+        raise bad_affine(path, f"its matrix says {shown(lengths)} mm a voxel, its spacing {shown(pixdim)}.")
     if abs(float(np.linalg.det(affine[:3, :3] / lengths))) < 0.5:
         raise bad_affine(path, "its matrix is singular or sheared flat.")
     if int(header["sform_code"]) <= 0 and int(header["qform_code"]) <= 0:
@@ -136,48 +138,6 @@ def checked_scaling(header: Any, path: Path, notes: list[str]) -> tuple[float, f
     return slope, intercept
 
 
-def scaled(raw: np.ndarray, slope: float, intercept: float, path: Path) -> np.ndarray:
-    """Stored values -> int16 where slope and intercept leave whole numbers that fit, else float32; same
-    shape.
-
-    Raises:
-        PhotonError: ``VOXELS_NOT_FINITE``, ``SCAN_CONSTANT`` or ``SCALING_INVALID``.
-    """
-    if raw.dtype.kind == "f" and not np.isfinite(raw).all():
-        num_bad = raw.size - int(np.count_nonzero(np.isfinite(raw)))
-        fact = f"{num_bad} of {raw.size} voxels are NaN or infinite."
-        raise PhotonError("VOXELS_NOT_FINITE", path, fact, EXPORT_AGAIN)
-    low, high = float(raw.min()), float(raw.max())
-    if low == high:
-        raise PhotonError("SCAN_CONSTANT", path, f"every voxel is {low:g}.", EXPORT_AGAIN)
-    ends = sorted((low * slope + intercept, high * slope + intercept))
-    if max(abs(ends[0]), abs(ends[1])) > MAX_VALUE:
-        fact = f"its values run from {ends[0]:g} to {ends[1]:g}."
-        raise PhotonError("SCALING_INVALID", path, fact, EXPORT_AGAIN)
-    is_whole = raw.dtype.kind in "iu" and slope == 1.0 and intercept.is_integer()
-    if is_whole and ends[0] >= -32768 and ends[1] <= 32767:
-        if intercept == 0:
-            return raw.astype(np.int16, copy=False)
-        return (raw.astype(np.int64) + int(intercept)).astype(np.int16)
-    if slope == 1.0 and intercept == 0.0:
-        return raw.astype(np.float32, copy=False)
-    return (raw.astype(np.float64) * slope + intercept).astype(np.float32)
-
-
-def column_length(affine: np.ndarray, axis: int) -> float:
-    """Length in mm of one step along an array axis."""
-    return math.sqrt(sum(float(affine[row, axis]) ** 2 for row in range(3)))
-
-
 def unreadable(path: Path, fact: str) -> PhotonError:
     """The refusal of a file that is no NIfTI or a broken one."""
     return PhotonError("SCAN_UNREADABLE", path, fact, "Check that it is a NIfTI file.")
-
-
-def bad_affine(path: Path, fact: str) -> PhotonError:
-    """The refusal of a scan that does not say where its voxels lie."""
-    return PhotonError("AFFINE_INVALID", path, fact, EXPORT_AGAIN)
-
-
-def _shown(values: list[float]) -> tuple[float, ...]:
-    return tuple(float(f"{value:.4g}") for value in values)

@@ -1,0 +1,1 @@
+"""Reading scans: every format and container, checked before anything else sees them."""
