@@ -1,7 +1,7 @@
 """Scans put on a grid, and volumes on disk.
 
 A *scan* is what a file holds, in its own axes; a *volume* is int16 [Z, Y, X] on the grid of a `VolumeSpec`
-(`pipelines/resample.py`), with Z towards the head, Y towards the back and X towards the patient's left.
+(`pipelines/grids.py`), with Z towards the head, Y towards the back and X towards the patient's left.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from safetensors.numpy import save as save_safetensors
 
 from photon.errors import PhotonError
 from pipelines.files import write_bytes
-from pipelines.resample import (
+from pipelines.grids import (
+    ALIGNED_WITHIN_DEG,
     VOLUME_SPECS,
+    Frame,
     VolumeSpec,
+    body_middle,
     frame_of,
     grid_affine,
     grid_spacing,
     is_aligned,
-    resample_linear,
-    resample_nearest,
 )
+from pipelines.resample import Mapping, resample_nearest, resample_scan
 from pipelines.scans.checks import EXPORT_AGAIN
 from pipelines.scans.scan import Scan, read_scan
 
@@ -36,6 +38,7 @@ __all__ = ["VOLUME_SPECS", "VolumeSpec"]
 
 DARK_HU = -20
 DARK_FRACTION = 0.02
+MODALITIES = ("ct", "mr", "pt")
 MR_PERCENTILES = (0.5, 99.5)
 METADATA_KEY = "photon"
 
@@ -49,7 +52,7 @@ class Volume:
             99.5 are mapped onto the window.
         affine: float64 [4, 4], grid index (X, Y, Z) to world RAS millimetres.
         metadata: JSON values: source_sha256, shape, spacing_mm and orientation of the scan, modality,
-            modality_source, min_hu and max_hu of the scan before clipping, notes.
+            modality_source (declared, header or inferred), min_hu and max_hu of the scan before clipping, notes.
     """
 
     voxels: np.ndarray
@@ -62,30 +65,21 @@ def resample(scan: Scan, spec: VolumeSpec, modality: str = "auto") -> Volume:
     """Put a scan on the grid of ``spec``.
 
     Args:
-        modality: ``ct`` (values are HU), ``mr`` (values have no unit) or ``auto``: see
-            :func:`infer_modality`.
+        modality: ``ct`` (values are HU), ``mr`` or ``pt`` (their 0.5 and 99.5 percentiles are mapped onto the window),
+            or ``auto``: what the file says, else :func:`infer_modality`.
 
     Raises:
-        PhotonError: ``MODALITY_UNKNOWN`` for another word, ``SCAN_CONSTANT`` for an MR scan without contrast.
+        PhotonError: ``MODALITY_UNKNOWN`` for another word, ``SCAN_CONSTANT`` for a scan without contrast.
     """
-    if modality not in ("auto", "ct", "mr"):
-        raise PhotonError("MODALITY_UNKNOWN", scan.path, f"'{modality}' is not auto, ct or mr.", "Use one of these.")
-    kind = modality if modality != "auto" else infer_modality(scan.array)
-    frame = frame_of(scan.array.shape, scan.affine)
-    values, is_inside = resample_linear(scan.array, scan.affine, spec)
-    low, high = spec.window_hu
-    if kind == "mr":
-        values = _map_percentiles(values, scan, spec)
-    values = np.where(is_inside, values, np.float32(spec.pad_hu))
-    voxels = np.rint(np.clip(values, low, high)).astype(np.int16)
+    if modality not in ("auto", *MODALITIES):
+        fact = f"'{modality}' is not auto, {', '.join(MODALITIES)}."
+        raise PhotonError("MODALITY_UNKNOWN", scan.path, fact, "Use one of these.")
+    source = "declared" if modality != "auto" else "inferred" if scan.modality is None else "header"
+    kind = {"declared": modality, "header": scan.modality or ""}.get(source) or infer_modality(scan.array)
     notes = list(scan.notes)
-    if not is_aligned(frame, spec):
-        notes.append(f"tilted {frame.obliquity_deg:.1f} degrees: resampled along the patient's axes")
-    grid_mm = [n * s for n, s in zip(spec.shape, grid_spacing(frame, spec), strict=True)]
-    scan_mm = [n * s for n, s in zip(frame.shape, frame.spacing_mm, strict=True)]
-    if any(have > room * 1.001 for have, room in zip(scan_mm, grid_mm, strict=True)):
-        size = " x ".join(f"{have:.0f}" for have in scan_mm)
-        notes.append(f"cropped: the field of view is {size} mm (Z, Y, X)")
+    frame = _frame(scan, spec, kind, notes)
+    mapping = Mapping() if kind == "ct" else _percentile_mapping(scan, spec)
+    voxels = resample_scan(scan.array, scan.affine, frame, spec, mapping)
     return Volume(
         voxels=voxels,
         affine=grid_affine(frame, spec),
@@ -96,7 +90,7 @@ def resample(scan: Scan, spec: VolumeSpec, modality: str = "auto") -> Volume:
             "spacing_mm": list(scan.spacing_mm),
             "orientation": scan.orientation,
             "modality": kind,
-            "modality_source": "inferred" if modality == "auto" else "declared",
+            "modality_source": source,
             "min_hu": round(float(scan.array.min()), 3),
             "max_hu": round(float(scan.array.max()), 3),
             "notes": notes,
@@ -104,22 +98,52 @@ def resample(scan: Scan, spec: VolumeSpec, modality: str = "auto") -> Volume:
     )
 
 
+def _frame(scan: Scan, spec: VolumeSpec, kind: str, notes: list[str]) -> Frame:
+    """The frame that a grid of ``spec`` is put into; what is unusual about it is noted."""
+    middle = body_middle(scan.array) if spec.crop == "body" and kind == "ct" else None
+    frame = frame_of(scan.array.shape, scan.affine, middle)
+    if spec.crop == "body" and middle is None:
+        notes.append("no body found (only CT is searched): the grid is centred on the field of view")
+    if not is_aligned(frame, spec):
+        notes.append(f"tilted {frame.obliquity_deg:.1f} degrees: resampled along the patient's axes")
+    elif spec.spacing_mm is None and frame.obliquity_deg > ALIGNED_WITHIN_DEG:
+        notes.append(f"tilted {frame.obliquity_deg:.1f} degrees: the grid is tilted with it")
+    grid_mm = [n * s for n, s in zip(spec.shape, grid_spacing(frame, spec), strict=True)]
+    scan_mm = [n * s for n, s in zip(frame.shape, frame.spacing_mm, strict=True)]
+    if any(have > room * 1.001 for have, room in zip(scan_mm, grid_mm, strict=True)):
+        size = " x ".join(f"{have:.0f}" for have in scan_mm)
+        notes.append(f"cropped: the field of view is {size} mm (Z, Y, X)")
+    return frame
+
+
 def infer_modality(array: np.ndarray) -> str:
     """``ct`` when at least 2 % of the values are below -20, as fat and air are in HU, else ``mr``."""
     return "ct" if np.count_nonzero(array < DARK_HU) >= DARK_FRACTION * array.size else "mr"
 
 
-def resample_labels(path: Path, spec: VolumeSpec) -> np.ndarray:
+def resample_labels(path: Path, spec: VolumeSpec, volume_affine: np.ndarray | None = None) -> np.ndarray:
     """Label map file as uint8 [Z, Y, X] on the grid that its scan gets, by nearest neighbour; 0 outside.
 
+    Args:
+        volume_affine: of the scan's volume; needed where the spec centres grids on the body, else not used.
+
     Raises:
-        PhotonError: as :func:`read_scan`; ``LABELS_INVALID`` when values are not whole numbers from 0 to 255.
+        PhotonError: as :func:`read_scan`; ``LABELS_INVALID`` when values are not whole numbers from 0 to 255;
+            ``SPEC_INVALID`` when the place of the grid is not known.
     """
     scan = read_scan(path)
     whole = np.rint(scan.array)
     if scan.array.min() < 0 or scan.array.max() > 255 or not np.array_equal(whole, scan.array):
         raise PhotonError("LABELS_INVALID", path, "its values are not whole numbers 0..255.", "Use a label map.")
-    return resample_nearest(whole.astype(np.uint8), scan.affine, spec)
+    middle = None
+    if spec.crop == "body":
+        if volume_affine is None:
+            fact = "the grid is centred on the scan's body, which a label map does not show."
+            raise PhotonError("SPEC_INVALID", path, fact, "Use a spec with crop 'field of view'.")
+        centre_mm = volume_affine @ [*((n - 1) / 2 for n in reversed(spec.shape)), 1.0]
+        middle = tuple(float(index) for index in (np.linalg.inv(scan.affine) @ centre_mm)[:3])
+    frame = frame_of(scan.array.shape, scan.affine, middle)
+    return resample_nearest(whole.astype(np.uint8), scan.affine, spec, frame)
 
 
 def normalise(voxels: np.ndarray, window_hu: tuple[int, int]) -> np.ndarray:
@@ -187,9 +211,30 @@ def read_volume(path: Path, spec: VolumeSpec | None = None) -> Volume:
     return volume
 
 
-def _map_percentiles(values: np.ndarray, scan: Scan, spec: VolumeSpec) -> np.ndarray:
-    first, last = (float(value) for value in np.percentile(scan.array, MR_PERCENTILES))
+def _percentile_mapping(scan: Scan, spec: VolumeSpec) -> Mapping:
+    first, last = percentiles(scan.array)
     if first == last:
         raise PhotonError("SCAN_CONSTANT", scan.path, f"nearly every voxel is {first:g}.", EXPORT_AGAIN)
     low, high = spec.window_hu
-    return (values - np.float32(first)) * np.float32((high - low) / (last - first)) + np.float32(low)
+    return Mapping(first, (high - low) / (last - first), low)
+
+
+def percentiles(array: np.ndarray) -> tuple[float, float]:
+    """The 0.5 and 99.5 percentiles, as ``np.percentile``; int16 arrays are counted instead of sorted."""
+    if array.dtype != np.int16:
+        first, last = np.percentile(array, MR_PERCENTILES)
+        return float(first), float(last)
+    # Counted in pieces: bincount works on a copy in int64.
+    flat = array.reshape(-1, order="A" if array.flags.f_contiguous else "C").view(np.uint16)
+    counts = np.zeros(1 << 16, np.int64)
+    for start in range(0, flat.size, 1 << 20):
+        counts += np.bincount(flat[start : start + (1 << 20)], minlength=1 << 16)
+    below = np.cumsum(np.roll(counts, 1 << 15))  # -32768 first
+    found = []
+    for percent in MR_PERCENTILES:
+        place = (array.size - 1) * (percent / 100)
+        low, high = (int(np.searchsorted(below, int(place) + n, side="right")) - (1 << 15) for n in (0, 1))
+        share = place - int(place)
+        # As numpy interpolates, from the nearer end.
+        found.append(low + (high - low) * share if share < 0.5 else high - (high - low) * (1 - share))
+    return found[0], found[1]
