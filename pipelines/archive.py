@@ -13,8 +13,8 @@ import numpy as np
 from photon.errors import PhotonError
 from pipelines.files import prepare_output_folder, write_bytes
 from pipelines.questions import EVERY_SCAN, Question, read_questions, write_questions
-from pipelines.scans.nifti import GZIP_LEVEL, is_nifti_name, sample_scans, write_scan
-from pipelines.scans.scan import read_scan
+from pipelines.scans.nifti import GZIP_LEVEL, sample_scans, write_scan
+from pipelines.scans.scan import FORMAT_OF_ENDING, read_scan, scan_ending
 
 QUESTIONS_NAME = "questions.jsonl"
 
@@ -68,7 +68,11 @@ def make_archive(
     if more_scans is not None:
         if not more_scans.is_dir():
             raise PhotonError("INPUT_MISSING", more_scans, "there is no such folder.", "Check the path.")
-        found = sorted(path for path in more_scans.rglob("*") if path.is_file() and is_nifti_name(path))
+        found = sorted(
+            path
+            for path in more_scans.rglob("*")
+            if path.is_file() and FORMAT_OF_ENDING.get(scan_ending(path)) == "nifti"
+        )
         _copy_scans(found, prepare_output_folder(scans / "more"), more_scans)
     write_questions([*questions, *protocol_questions()], output / QUESTIONS_NAME)
     return output

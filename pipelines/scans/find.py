@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from photon.errors import PhotonError
-from pipelines.scans.nifti import is_nifti_name
+from pipelines.scans.scan import FORMAT_OF_ENDING, scan_ending
 
 MAX_NAME = 200
 
@@ -70,7 +70,9 @@ def _scan_paths(folder: Path) -> Iterator[Path]:
         paths = [Path(parent) / name for name in files if not name.startswith(".")]
         if any(path.suffix.lower() in (".dcm", ".ima") for path in paths):
             yield Path(parent)
-        yield from (path for path in paths if is_nifti_name(path) or path.suffix.lower() in OTHER_FORMATS)
+        yield from (
+            path for path in paths if scan_ending(path) in FORMAT_OF_ENDING or path.suffix.lower() in OTHER_FORMATS
+        )
 
 
 def _names(relative: Path) -> tuple[str, str, str]:

@@ -12,60 +12,50 @@ import nibabel
 import numpy as np
 
 from photon.errors import PhotonError
-from pipelines.files import file_digest, write_bytes
-from pipelines.scans.checks import EXPORT_AGAIN, MAX_VOXELS, bad_affine, column_length, scaled
+from pipelines.files import write_bytes
+from pipelines.scans.checks import EXPORT_AGAIN, MAX_VOXELS, Trust, bad_affine, scaled, unreadable
 from pipelines.scans.nifti_header import (
     checked_affine,
     checked_scaling,
     declared_grid,
-    unreadable,
     voxel_offset,
 )
-from pipelines.scans.scan import Scan
-from pipelines.scans.streams import ScanStream
+from pipelines.scans.scan import Scan, make_scan
+from pipelines.scans.streams import GZIP_MAGIC, ScanStream
 
-MANY_GREYS = 128
 GZIP_LEVEL = 1
 
 _HEADERS = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
 
 
-def is_nifti_name(path: Path) -> bool:
-    """Whether the name ends in ``.nii`` or ``.nii.gz``."""
-    return path.name.lower().endswith((".nii", ".nii.gz"))
-
-
-def read_nifti(path: Path, max_voxels: int = MAX_VOXELS) -> Scan:
+def read_nifti(
+    path: Path, *, max_voxels: int = MAX_VOXELS, trust: Trust | None = None, is_labels: bool = False
+) -> Scan:
     """Read a NIfTI file whole.
+
+    Args:
+        trust: see :func:`pipelines.scans.nifti_header.checked_affine`.
 
     Raises:
         PhotonError: as :func:`pipelines.scans.scan.read_scan`.
     """
     notes: list[str] = []
     with ScanStream(path) as stream:
+        _choose_decoder(stream, notes)
         try:
             header = _read_header(stream)
             shape, dtype = declared_grid(header, path, max_voxels)
-            affine = checked_affine(header, *_matrices(header, path), path, notes)
+            affine = checked_affine(header, *_matrices(header, path), path, notes, trust)
             slope, intercept = checked_scaling(header, path, notes)
             stream.skip(voxel_offset(header, path) - int(header["sizeof_hdr"]) - 4)
             raw = stream.read_array(dtype, math.prod(shape))
-            stream.finish()
+            sha256 = stream.finish()
         except PhotonError as error:
             if error.code not in ("GZIP_CORRUPT", "SCAN_TRUNCATED"):
                 stream.drain()  # a damaged gzip stream explains whatever else was found
             raise
-    if dtype.itemsize == 1 and np.count_nonzero(np.bincount(raw.view(np.uint8))) < MANY_GREYS:
-        notes.append("few 8-bit values: it may be a label map rather than a scan")
-    return Scan(
-        array=scaled(raw, slope, intercept, path).reshape(shape, order="F"),
-        affine=affine,
-        path=path,
-        sha256=file_digest(path),
-        spacing_mm=tuple(round(column_length(affine, axis), 6) for axis in range(3)),
-        orientation="".join(nibabel.aff2axcodes(affine)),
-        notes=tuple(notes),
-    )
+    values, value_notes = scaled(raw, slope, intercept, path, is_labels=is_labels)
+    return make_scan(values.reshape(shape, order="F"), affine, path=path, sha256=sha256, notes=(*notes, *value_notes))
 
 
 def write_scan(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
@@ -91,14 +81,30 @@ def sample_scans() -> list[Path]:
     return [folder / name for name in names if (folder / name).is_file()]
 
 
+def _choose_decoder(stream: ScanStream, notes: list[str]) -> None:
+    """The first bytes say whether a file is compressed; its name may be wrong."""
+    is_named_gzip = stream.path.name.lower().endswith(".gz")
+    start = stream.peek(4)
+    if start.startswith(GZIP_MAGIC) or (is_named_gzip and _header_size(start) is None):
+        stream.decode("gzip")
+    if is_named_gzip != (stream.encoding == "gzip"):
+        kind = "compressed" if stream.encoding == "gzip" else "not compressed"
+        notes.append(f"the file is {kind}, other than its name says")
+
+
+def _header_size(start: bytes) -> int | None:
+    """Size of the header that a file with these first four bytes has, if it is NIfTI."""
+    sizes = {order: int.from_bytes(start, cast(Any, order)) for order in ("little", "big")}
+    return next((size for size in sizes.values() if size in _HEADERS), None)
+
+
 def _read_header(stream: ScanStream) -> Any:
     """NIfTI-1 or NIfTI-2 header in either byte order; its 4 bytes of extension flag are read too."""
     path = stream.path
     first = stream.read(4)
     if len(first) < 4:
         raise PhotonError("SCAN_TRUNCATED", path, f"the file holds {len(first)} bytes.", EXPORT_AGAIN)
-    sizes = {order: int.from_bytes(first, cast(Any, order)) for order in ("little", "big")}
-    size = next((size for size in sizes.values() if size in _HEADERS), None)
+    size = _header_size(first)
     if size is None:
         raise unreadable(path, "it does not begin with a NIfTI header.")
     content = first + stream.read(size)

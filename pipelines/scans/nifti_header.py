@@ -3,7 +3,6 @@ by code."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,17 @@ import numpy as np
 
 from photon.errors import PhotonError
 from pipelines.scans.checks import (
-    EXPORT_AGAIN,
-    MAX_SCALE,
     MAX_SPACING_MISMATCH,
     MAX_VOXELS,
-    SPACING_RANGE_MM,
-    bad_affine,
+    Trust,
+    check_grid,
+    check_matrix,
+    check_scaling,
+    check_spacing,
     column_length,
     shown,
+    unreadable,
+    unsupported,
 )
 
 MAX_QFORM_DISTANCE_MM = 1.0
@@ -49,21 +51,15 @@ def declared_grid(header: Any, path: Path, max_voxels: int = MAX_VOXELS) -> tupl
             ``FORMAT_UNSUPPORTED``.
     """
     dims = [int(n) for n in header["dim"]]
-    if not 1 <= dims[0] <= 7 or min(dims[1 : dims[0] + 1]) < 1:
+    if not 1 <= dims[0] <= 7:
         raise unreadable(path, f"the dimensions in its header are {dims}.")
     shape = tuple(dims[1 : dims[0] + 1])
-    if len(shape) < 3 or min(shape[:3]) < 2 or max(shape[3:], default=1) > 1:
-        fact = f"it has shape {shape}; one 3D image of at least two slices is needed."
-        raise PhotonError("SCAN_NOT_3D", path, fact, "Give one frame as a 3D scan.")
-    if math.prod(shape) > max_voxels:
-        fact = f"its header declares {math.prod(shape)} voxels, more than {max_voxels}."
-        raise PhotonError("SCAN_TOO_LARGE", path, fact, "Crop it or reduce its resolution.")
+    check_grid(shape, path, max_voxels)
     code = int(header["datatype"])
     if code in _RGB_CODES:
         raise PhotonError("SCAN_RGB", path, "its voxels are colours.", "Give the grey scan, not a picture of it.")
     if code in _OTHER_CODES:
-        fact = f"its voxels are of NIfTI datatype {code}, which is neither integer nor real."
-        raise PhotonError("FORMAT_UNSUPPORTED", path, fact, "Store it as int16 or float32.")
+        raise unsupported(path, f"its voxels are of NIfTI datatype {code}, which is neither integer nor real.")
     if code not in _DTYPES:
         raise unreadable(path, f"the datatype in its header is {code}.")
     return shape[:3], np.dtype(header.endianness + _DTYPES[code])
@@ -81,36 +77,42 @@ def voxel_offset(header: Any, path: Path) -> int:
     return int(offset)
 
 
-def checked_affine(header: Any, best: np.ndarray, qform: np.ndarray | None, path: Path, notes: list[str]) -> np.ndarray:
+def checked_affine(
+    header: Any, best: np.ndarray, qform: np.ndarray | None, path: Path, notes: list[str], trust: Trust | None = None
+) -> np.ndarray:
     """Hold the matrix of a header, its voxel spacing and its second matrix against each other.
 
     Args:
         best: [4, 4], the matrix to use, in the header's unit of length.
         qform: [4, 4], the other one where the header has both, else None.
+        trust: what counts where matrix and spacing differ by more than 1 %: ``sform`` the matrix alone, ``pixdim``
+            the spacing, along the matrix's directions and from its origin. None refuses such files.
 
     Returns:
         Matrix [4, 4] float64, voxel to world RAS mm.
 
     Raises:
-        PhotonError: ``SPACING_INVALID`` or ``AFFINE_INVALID``.
+        PhotonError: ``SPACING_INVALID``, ``SPACING_CONFLICT`` or ``AFFINE_INVALID``.
     """
     unit_mm = _UNIT_MM.get(int(header["xyzt_units"]) & 7, 1.0)
     if unit_mm != 1.0:
         notes.append(f"its unit of length is {unit_mm:g} mm")
     pixdim = [float(value) * unit_mm for value in header["pixdim"][1:4]]
-    low, high = SPACING_RANGE_MM
-    if not all(low <= value <= high for value in pixdim):
-        fact = f"its voxel spacing is {shown(pixdim)} mm; {low} to {high} is possible."
-        raise PhotonError("SPACING_INVALID", path, fact, EXPORT_AGAIN)
     affine = np.array(best, np.float64)
     affine[:3] *= unit_mm
-    if not np.isfinite(affine).all():
-        raise bad_affine(path, "its matrix holds NaN or infinity.")
+    if trust != "sform":
+        check_spacing(pixdim, path)
+    check_matrix(affine, path, with_lengths=trust != "pixdim")
     lengths = [column_length(affine, axis) for axis in range(3)]
-    if any(abs(a - b) > MAX_SPACING_MISMATCH * b for a, b in zip(lengths, pixdim, strict=True)):
-        raise bad_affine(path, f"its matrix says {shown(lengths)} mm a voxel, its spacing {shown(pixdim)}.")
-    if abs(float(np.linalg.det(affine[:3, :3] / lengths))) < 0.5:
-        raise bad_affine(path, "its matrix is singular or sheared flat.")
+    # Written so that a NaN differs.
+    if not all(abs(a - b) <= MAX_SPACING_MISMATCH * b for a, b in zip(lengths, pixdim, strict=True)):
+        fact = f"its matrix says {shown(lengths)} mm a voxel, its spacing {shown(pixdim)}"
+        if trust is None:
+            remedy = "Find out which is right and say so: --trust sform or --trust pixdim."
+            raise PhotonError("SPACING_CONFLICT", path, f"{fact}.", remedy)
+        notes.append(f"{fact}: {trust} is trusted")
+        if trust == "pixdim":
+            affine[:3, :3] *= np.array(pixdim) / lengths
     if int(header["sform_code"]) <= 0 and int(header["qform_code"]) <= 0:
         notes.append("the header records no orientation: left and right are assumed as in Analyze files (LAS)")
     if qform is not None:
@@ -122,7 +124,7 @@ def checked_affine(header: Any, best: np.ndarray, qform: np.ndarray | None, path
 
 
 def checked_scaling(header: Any, path: Path, notes: list[str]) -> tuple[float, float]:
-    """Slope and intercept of the stored values.
+    """Slope and intercept of the stored values: none for slope 0, as NIfTI says, whatever the intercept.
 
     Raises:
         PhotonError: ``SCALING_INVALID``.
@@ -132,12 +134,5 @@ def checked_scaling(header: Any, path: Path, notes: list[str]) -> tuple[float, f
         if intercept != 0:
             notes.append(f"slope is 0: intercept {intercept:g} is not applied, as NIfTI says")
         return 1.0, 0.0
-    if not (1 / MAX_SCALE <= abs(slope) <= MAX_SCALE and abs(intercept) <= MAX_SCALE):
-        fact = f"its values are scaled by slope {slope:g} and intercept {intercept:g}."
-        raise PhotonError("SCALING_INVALID", path, fact, EXPORT_AGAIN)
+    check_scaling(slope, intercept, path)
     return slope, intercept
-
-
-def unreadable(path: Path, fact: str) -> PhotonError:
-    """The refusal of a file that is no NIfTI or a broken one."""
-    return PhotonError("SCAN_UNREADABLE", path, fact, "Check that it is a NIfTI file.")

@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from photon.errors import PhotonError
-from pipelines.scans.checks import MAX_VOXELS
+from pipelines.scans.checks import MAX_VOXELS, Trust, column_length, orientation_of, unsupported
+
+Format = Literal["nifti", "metaimage", "nrrd", "dicom"]
+
+FORMAT_OF_ENDING: dict[str, Format] = {
+    ".nii": "nifti",
+    ".nii.gz": "nifti",
+    ".mha": "metaimage",
+    ".mhd": "metaimage",
+    ".nrrd": "nrrd",
+    ".nhdr": "nrrd",
+}
+"""Endings of files that hold one scan each."""
+
+_NIFTI_STARTS = tuple(size.to_bytes(4, order) for size in (348, 540) for order in ("little", "big"))  # type: ignore[arg-type]
+_METAIMAGE_START = re.compile(rb"\s*(ObjectType|NDims|Comment)\s*=")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scan:
-    """A scan file as it was read.
+    """A scan as it was read.
 
     Args:
         array: int16 or float32 [i, j, k] in the file's own axes, slope and intercept applied.
         affine: float64 [4, 4], array index to world RAS millimetres.
+        sha256: checksum of the file's bytes; of several files, in the order in which they are read.
+        spacing_mm: edge of a voxel along (i, j, k).
         orientation: where the array axes point to, e.g. ``RAS``.
         modality: ``ct``, ``mr`` or ``pt`` where the file itself says so, else None.
-        notes: what was unusual but acceptable.
+        notes: what was unusual but acceptable, repaired or assumed.
     """
 
     array: np.ndarray
@@ -33,26 +52,87 @@ class Scan:
     modality: str | None = None
 
 
-def read_scan(path: Path, max_voxels: int = MAX_VOXELS) -> Scan:
-    """Read a scan and prove that it is whole and makes sense.
+def make_scan(
+    array: np.ndarray,
+    affine: np.ndarray,
+    *,
+    path: Path,
+    sha256: str,
+    notes: tuple[str, ...] = (),
+    modality: str | None = None,
+) -> Scan:
+    """A scan whose spacing and orientation are those of its matrix [4, 4], array index to world RAS mm."""
+    return Scan(
+        array=array,
+        affine=affine,
+        path=path,
+        sha256=sha256,
+        spacing_mm=tuple(round(column_length(affine, axis), 6) for axis in range(3)),
+        orientation=orientation_of(affine),
+        notes=notes,
+        modality=modality,
+    )
+
+
+def read_scan(path: Path, *, max_voxels: int = MAX_VOXELS, trust: Trust | None = None, is_labels: bool = False) -> Scan:
+    """Read a scan file and prove that it is whole and makes sense.
+
+    What the file holds decides how it is read; its name, where the content is of no known format.
+
+    Args:
+        path: NIfTI (``.nii``, ``.nii.gz``), MetaImage (``.mha``, ``.mhd``) or NRRD (``.nrrd``, ``.nhdr``).
+        max_voxels: a file that declares more is refused before memory is taken.
+        trust: for NIfTI whose matrix and voxel spacing differ by more than 1 %: which of them counts; None
+            refuses such files.
+        is_labels: it is a label map: all its values may be the same.
 
     Raises:
         PhotonError: ``SCAN_MISSING``, ``FORMAT_UNSUPPORTED``, ``SCAN_UNREADABLE``, ``GZIP_CORRUPT``,
             ``SCAN_TRUNCATED``, ``SCAN_TRAILING_DATA``, ``SCAN_TOO_LARGE``, ``SCAN_NOT_3D``, ``SCAN_RGB``,
-            ``SPACING_INVALID``, ``AFFINE_INVALID``, ``SCALING_INVALID``, ``VOXELS_NOT_FINITE`` or
-            ``SCAN_CONSTANT``.
+            ``SPACING_INVALID``, ``SPACING_CONFLICT``, ``AFFINE_INVALID``, ``SCALING_INVALID``,
+            ``VOXELS_NOT_FINITE``, ``SCAN_CONSTANT`` or ``DATA_FILE_OUTSIDE``.
     """
     # A format's library is imported when the first file of that format is read.
-    from pipelines.scans.nifti import is_nifti_name, read_nifti
-
     if not path.exists():
         raise PhotonError("SCAN_MISSING", path, "the file does not exist.", "Check the path.")
-    if path.is_dir() or not is_nifti_name(path):
-        kind = "a folder (a DICOM series?)" if path.is_dir() else f"a {path.suffix or 'nameless'} file"
-        raise PhotonError(
-            "FORMAT_UNSUPPORTED",
-            path,
-            f"it is {kind}; only NIfTI is read.",
-            "Convert it to .nii.gz, e.g. by dcm2niix.",
-        )
-    return read_nifti(path, max_voxels)
+    if not path.is_file():
+        raise unsupported(path, f"it is {'a folder' if path.is_dir() else 'no file'}, not a scan file.")
+    by_name, by_content = FORMAT_OF_ENDING.get(scan_ending(path)), _format_of_content(path)
+    kind = by_content or by_name
+    if kind == "nifti":
+        from pipelines.scans.nifti import read_nifti
+
+        scan = read_nifti(path, max_voxels=max_voxels, trust=trust, is_labels=is_labels)
+    elif kind == "metaimage":
+        from pipelines.scans.metaimage import read_metaimage
+
+        scan = read_metaimage(path, max_voxels=max_voxels, is_labels=is_labels)
+    elif kind == "nrrd":
+        from pipelines.scans.nrrd import read_nrrd
+
+        scan = read_nrrd(path, max_voxels=max_voxels, is_labels=is_labels)
+    else:
+        raise unsupported(path, f"it is a {path.suffix or 'nameless'} file; NIfTI, MetaImage and NRRD are read.")
+    if kind == by_name:
+        return scan
+    return dataclasses.replace(scan, notes=(*scan.notes, f"the file is {kind}, other than its name says"))
+
+
+def scan_ending(path: Path) -> str:
+    """The ending of a file name in lower case; ``.nii.gz`` counts as one."""
+    name = path.name.lower()
+    return ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
+
+
+def _format_of_content(path: Path) -> Format | None:
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(512)
+    except OSError as error:
+        fact = f"the file cannot be opened ({error.strerror})."
+        raise PhotonError("SCAN_UNREADABLE", path, fact, "Check its permissions.") from error
+    if start.startswith(_NIFTI_STARTS):
+        return "nifti"
+    if start.startswith(b"NRRD0"):
+        return "nrrd"
+    return "metaimage" if _METAIMAGE_START.match(start) else None

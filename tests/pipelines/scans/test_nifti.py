@@ -101,7 +101,7 @@ HEADER_FAULTS = {
     "zero spacing": ((80, "f", 0.0), "SPACING_INVALID"),
     "NaN spacing": ((80, "f", float("nan")), "SPACING_INVALID"),
     "vast spacing": ((80, "f", 1e30), "SPACING_INVALID"),
-    "spacing against matrix": ((80, "f", 3.1), "AFFINE_INVALID"),
+    "spacing against matrix": ((80, "f", 3.1), "SPACING_CONFLICT"),
     "NaN matrix": ((280, "f", float("nan")), "AFFINE_INVALID"),
     "zero matrix": ((280, "12f", *[0.0] * 12), "AFFINE_INVALID"),
     "flat matrix": ((280, "12f", 3, 3, 0, 0, 0, 0, 0, 0, 0, 0, 4, 0), "AFFINE_INVALID"),
