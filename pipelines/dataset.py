@@ -179,7 +179,8 @@ class NamingSource:
         """Read the label maps ``<scan_id>.nii`` of the scans from the folder ``labels``."""
         self.scans, self.config, self.scans_per_step, self.seed = scans, config, scans_per_step, seed
         self._labels = [
-            resample_labels(labels / f"{scan.questions[0].scan_id}.nii", scan.volume.spec) for scan in scans
+            resample_labels(labels / f"{scan.questions[0].scan_id}.nii", scan.volume.spec, scan.volume.affine)
+            for scan in scans
         ]
         self.num_labels = 1 + max(int(label_map.max()) for label_map in self._labels)
 

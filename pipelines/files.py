@@ -57,10 +57,11 @@ def atomic_path(target: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_bytes(target: Path, content: bytes) -> None:
-    """Write ``content`` to ``target`` atomically."""
-    with atomic_path(target) as temporary:
-        temporary.write_bytes(content)
+def write_bytes(target: Path, *parts: bytes | memoryview) -> None:
+    """Write the parts to ``target``, one after another, atomically."""
+    with atomic_path(target) as temporary, temporary.open("wb") as stream:
+        for part in parts:
+            stream.write(part)
 
 
 def write_text(target: Path, content: str) -> None:

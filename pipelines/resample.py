@@ -37,8 +37,11 @@ class Mapping:
     add: float = 0.0
 
 
+IDENTITY = Mapping()
+
+
 def resample_scan(
-    array: np.ndarray, affine: np.ndarray, frame: Frame, spec: VolumeSpec, mapping: Mapping = Mapping()
+    array: np.ndarray, affine: np.ndarray, frame: Frame, spec: VolumeSpec, mapping: Mapping = IDENTITY
 ) -> np.ndarray:
     """Interpolate a scan linearly onto the grid.
 
@@ -54,7 +57,7 @@ def resample_scan(
 
     if array.dtype not in (np.int16, np.float32):
         array = array.astype(np.float32)
-    flat, steps = _memory(array)
+    flat, steps = memory_of(array)
     low, high = spec.window_hu
     limits = np.array([low, high, min(max(spec.pad_hu, low), high)], np.float32)
     factors = np.array([mapping.subtract, mapping.multiply, mapping.add], np.float32)
@@ -72,7 +75,7 @@ def resample_nearest(array: np.ndarray, affine: np.ndarray, spec: VolumeSpec, fr
     from pipelines.resample_kernels import nearest_points, nearest_rows
 
     frame = frame or frame_of(array.shape, affine)
-    flat, steps = _memory(array)
+    flat, steps = memory_of(array)
     out = np.zeros(spec.shape, array.dtype)
     if is_aligned(frame, spec):
         taps = aligned_taps(frame, spec)
@@ -87,7 +90,7 @@ def resample_nearest(array: np.ndarray, affine: np.ndarray, spec: VolumeSpec, fr
     return out
 
 
-def _memory(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def memory_of(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The values of a dense array as they lie [values], and the steps of its axes in values."""
     if not (array.flags.f_contiguous or array.flags.c_contiguous):
         array = np.asfortranarray(array)
@@ -113,7 +116,7 @@ def _along_axes(
 
     taps = aligned_taps(frame, spec)
     (z, z_weight, z_range), y, x = (
-        _for_kernel(tap, size, flip) for tap, size, flip in zip(taps, frame.shape, frame.is_flipped, strict=True)
+        in_array_direction(tap, size, flip) for tap, size, flip in zip(taps, frame.shape, frame.is_flipped, strict=True)
     )
     x = (np.ascontiguousarray(x[0].T, np.int32), *x[1:])
     out[: z_range[0]] = out[z_range[1] :] = np.int16(limits[2])
@@ -137,7 +140,7 @@ def _along_axes(
         begin = end
 
 
-def _for_kernel(taps: Taps, size: int, is_flipped: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def in_array_direction(taps: Taps, size: int, is_flipped: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Neighbours int64 [N, 2] in the array's own direction, float32 weights [N], and the range inside [2]."""
     pairs = np.stack([taps.low, taps.high], axis=1)
     inside = np.flatnonzero(taps.is_inside)

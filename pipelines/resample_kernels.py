@@ -22,7 +22,7 @@ SLAB = 32
 _TILE = 16
 
 
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     options: dict[str, Any] = {"nogil": True, "fastmath": False, "error_model": "numpy", "boundscheck": False}
     try:
         return njit(cache=True, **options)(function)
@@ -126,6 +126,17 @@ def turn_slab(flat: np.ndarray, steps: np.ndarray, start: int, out: np.ndarray) 
 
 
 @_compiled
+def _face(
+    flat: np.ndarray, at: int, j_step: int, k_step: int, j_weight: np.float32, k_weight: np.float32
+) -> np.float32:
+    """Between four values, the last axis first."""
+    near, far = np.float32(flat[at]), np.float32(flat[at + j_step])
+    near = near + (np.float32(flat[at + k_step]) - near) * k_weight
+    far = far + (np.float32(flat[at + j_step + k_step]) - far) * k_weight
+    return near + (far - near) * j_weight
+
+
+@_compiled
 def linear_points(
     flat: np.ndarray,
     steps: np.ndarray,
@@ -148,41 +159,38 @@ def linear_points(
     """
     low, high, pad = limits[0], limits[1], np.int16(limits[2])
     first, scale, add = mapping[0], mapping[1], mapping[2]
-    base = np.empty(3, np.int64)
-    following = np.empty(3, np.int64)
-    weight = np.empty(3, np.float32)
+    last_i, last_j, last_k = shape[0] - 1, shape[1] - 1, shape[2] - 1
     for z in range(out.shape[0]):
         for y in range(out.shape[1]):
+            target = out[z, y]
             for x in range(out.shape[2]):
-                is_inside = True
-                for axis in range(3):
-                    position = (x_part[axis, x] + y_part[axis, y]) + z_part[axis, z]
-                    size = shape[axis]
-                    if not (position >= -0.5 and position <= size - 0.5):
-                        is_inside = False
-                        break
-                    clamped = min(max(position, 0.0), size - 1.0)
-                    index = min(np.int64(clamped), max(size - 2, 0))
-                    base[axis] = index * steps[axis]
-                    following[axis] = min(index + 1, size - 1) * steps[axis]
-                    weight[axis] = np.float32(clamped - index)
-                if not is_inside:
-                    out[z, y, x] = pad
+                i = (x_part[0, x] + y_part[0, y]) + z_part[0, z]
+                j = (x_part[1, x] + y_part[1, y]) + z_part[1, z]
+                k = (x_part[2, x] + y_part[2, y]) + z_part[2, z]
+                if not (
+                    i >= -0.5
+                    and i <= last_i + 0.5
+                    and j >= -0.5
+                    and j <= last_j + 0.5
+                    and k >= -0.5
+                    and k <= last_k + 0.5
+                ):
+                    target[x] = pad
                     continue
-                value = np.float32(0.0)
-                face = np.float32(0.0)
-                for a in range(2):
-                    i = following[0] if a else base[0]
-                    edge = np.float32(0.0)
-                    for b in range(2):
-                        j = i + (following[1] if b else base[1])
-                        near = np.float32(flat[j + base[2]])
-                        near = near + (np.float32(flat[j + following[2]]) - near) * weight[2]
-                        edge = edge + (near - edge) * weight[1] if b else near
-                    face = face + (edge - face) * weight[0] if a else edge
-                value = (face - first) * scale + add
+                i, j, k = min(max(i, 0.0), last_i), min(max(j, 0.0), last_j), min(max(k, 0.0), last_k)
+                i_low = min(np.int64(i), max(last_i - 1, 0))
+                j_low = min(np.int64(j), max(last_j - 1, 0))
+                k_low = min(np.int64(k), max(last_k - 1, 0))
+                i_weight, j_weight, k_weight = np.float32(i - i_low), np.float32(j - j_low), np.float32(k - k_low)
+                i_step = steps[0] if i_low < last_i else 0
+                j_step = steps[1] if j_low < last_j else 0
+                k_step = steps[2] if k_low < last_k else 0
+                at = i_low * steps[0] + j_low * steps[1] + k_low * steps[2]
+                face = _face(flat, at, j_step, k_step, j_weight, k_weight)
+                value = face + (_face(flat, at + i_step, j_step, k_step, j_weight, k_weight) - face) * i_weight
+                value = (value - first) * scale + add
                 value = min(max(value, low), high)
-                out[z, y, x] = np.int16(np.int32(np.rint(value)))
+                target[x] = np.int16(np.int32(np.rint(value)))
 
 
 @_compiled

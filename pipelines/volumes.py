@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from photon.errors import PhotonError
@@ -30,9 +28,10 @@ from pipelines.grids import (
     grid_spacing,
     is_aligned,
 )
-from pipelines.resample import Mapping, resample_nearest, resample_scan
+from pipelines.resample import IDENTITY, Mapping, resample_nearest, resample_scan
 from pipelines.scans.checks import EXPORT_AGAIN
 from pipelines.scans.scan import Scan, read_scan
+from pipelines.voxel_codec import pack, unpack
 
 __all__ = ["VOLUME_SPECS", "VolumeSpec"]
 
@@ -41,6 +40,8 @@ DARK_FRACTION = 0.02
 MODALITIES = ("ct", "mr", "pt")
 MR_PERCENTILES = (0.5, 99.5)
 METADATA_KEY = "photon"
+DIGEST_BYTES = 32
+MAKE_AGAIN = "Run `photon preprocess` again."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ def resample(scan: Scan, spec: VolumeSpec, modality: str = "auto") -> Volume:
     kind = {"declared": modality, "header": scan.modality or ""}.get(source) or infer_modality(scan.array)
     notes = list(scan.notes)
     frame = _frame(scan, spec, kind, notes)
-    mapping = Mapping() if kind == "ct" else _percentile_mapping(scan, spec)
+    mapping = IDENTITY if kind == "ct" else _percentile_mapping(scan, spec)
     voxels = resample_scan(scan.array, scan.affine, frame, spec, mapping)
     return Volume(
         voxels=voxels,
@@ -153,12 +154,15 @@ def normalise(voxels: np.ndarray, window_hu: tuple[int, int]) -> np.ndarray:
 
 
 def voxels_sha256(volume: Volume) -> str:
-    """Checksum of the voxels as stored: int16, little endian, X fastest."""
-    return hashlib.sha256(np.ascontiguousarray(volume.voxels, dtype="<i2").tobytes()).hexdigest()
+    """Checksum of the voxels: int16, little endian, X fastest."""
+    return hashlib.sha256(np.ascontiguousarray(volume.voxels, dtype="<i2").data).hexdigest()
 
 
 def write_volume(volume: Volume, path: Path) -> str:
-    """Write a volume atomically; the same volume gives the same bytes. Returns the sha256 of the voxels."""
+    """Write a volume atomically; the same volume gives the same bytes. Returns the sha256 of the voxels.
+
+    The file is a safetensors file of compressed slabs; its last 32 bytes are the sha256 of all before them.
+    """
     digest = voxels_sha256(volume)
     # One key alone: safetensors writes several metadata keys in random order.
     text = json.dumps(
@@ -172,43 +176,68 @@ def write_volume(volume: Volume, path: Path) -> str:
         sort_keys=True,
         allow_nan=False,
     )
-    write_bytes(
-        path,
-        save_safetensors({"voxels": np.ascontiguousarray(volume.voxels, dtype="<i2")}, {METADATA_KEY: text}),
-    )
+    slabs = {f"slab{number:04d}": np.frombuffer(slab, np.uint8) for number, slab in enumerate(pack(volume.voxels))}
+    # Tensors of one type are laid out by name: this one comes last.
+    tensors = {**slabs, "whole_sha256": np.zeros(DIGEST_BYTES, np.uint8)}
+    content = memoryview(save_safetensors(tensors, {METADATA_KEY: text}))[:-DIGEST_BYTES]
+    write_bytes(path, content, hashlib.sha256(content).digest())
     return digest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VolumeRecord:
+    """What a volume file says about its voxels: fields as of :class:`Volume`, and their checksum."""
+
+    spec: VolumeSpec
+    affine: np.ndarray
+    metadata: dict[str, Any]
+    voxels_sha256: str
 
 
 def read_volume(path: Path, spec: VolumeSpec | None = None) -> Volume:
     """Read a volume and check its bytes.
 
     Raises:
-        PhotonError: ``VOLUME_MISSING``; ``VOLUME_CORRUPT`` when the file is not a volume or its voxels do not
-            have the recorded checksum; ``VOLUME_SPEC_MISMATCH`` when ``spec`` is given and the volume has
-            another.
+        PhotonError: ``VOLUME_MISSING``; ``VOLUME_CORRUPT`` when any byte of the file is not as it was written;
+            ``VOLUME_SPEC_MISMATCH`` when ``spec`` is given and the volume has another.
     """
-    remedy = "Run `photon preprocess` again."
+    record, packed = _open_volume(path, spec)
     try:
-        content = path.read_bytes()
-        header_size = int.from_bytes(content[:8], "little")
-        stored = json.loads(json.loads(content[8 : 8 + header_size])["__metadata__"][METADATA_KEY])
-        voxels = load_safetensors(content)["voxels"]
-        found = VolumeSpec.from_dict(stored["spec"])
-        affine, metadata = np.array(stored["affine"], np.float64), stored["metadata"]
-        expected = stored["voxels_sha256"]
+        voxels = unpack(packed, record.spec.shape)
+    except ValueError as error:
+        raise PhotonError("VOLUME_CORRUPT", path, f"it is not a volume file ({error}).", MAKE_AGAIN) from error
+    return Volume(voxels=voxels, affine=record.affine, spec=record.spec, metadata=record.metadata)
+
+
+def read_volume_record(path: Path, spec: VolumeSpec | None = None) -> VolumeRecord:
+    """Check the bytes of a volume as :func:`read_volume` does, with the same errors, but unpack nothing."""
+    return _open_volume(path, spec)[0]
+
+
+def _open_volume(path: Path, spec: VolumeSpec | None) -> tuple[VolumeRecord, list[memoryview]]:
+    """Record and packed slabs of a volume file, every byte of which has been checked."""
+    try:
+        content = memoryview(path.read_bytes())
+        if hashlib.sha256(content[:-DIGEST_BYTES]).digest() != content[-DIGEST_BYTES:]:
+            raise ValueError("its bytes do not have the checksum at its end")
+        begin = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(bytes(content[8:begin]))
+        stored = json.loads(header["__metadata__"][METADATA_KEY])
+        ends = [header[name]["data_offsets"] for name in sorted(header) if name.startswith("slab")]
+        record = VolumeRecord(
+            spec=VolumeSpec.from_dict(stored["spec"]),
+            affine=np.array(stored["affine"], np.float64),
+            metadata=stored["metadata"],
+            voxels_sha256=stored["voxels_sha256"],
+        )
     except FileNotFoundError as error:
-        raise PhotonError("VOLUME_MISSING", path, "the file does not exist.", remedy) from error
-    except (ValueError, KeyError, TypeError, SafetensorError, PhotonError) as error:
-        raise PhotonError("VOLUME_CORRUPT", path, f"it is not a volume file ({error}).", remedy) from error
-    if voxels.dtype != np.int16 or voxels.shape != found.shape:
-        raise PhotonError("VOLUME_CORRUPT", path, f"voxels are {voxels.dtype} {voxels.shape}.", remedy)
-    volume = Volume(voxels=voxels, affine=affine, spec=found, metadata=metadata)
-    if voxels_sha256(volume) != expected:
-        raise PhotonError("VOLUME_CORRUPT", path, "the voxels do not have the recorded checksum.", remedy)
-    if spec is not None and spec != found:
-        fact = f"it was made for the spec {found.digest()} ({found.as_dict()}), wanted is {spec.digest()}."
-        raise PhotonError("VOLUME_SPEC_MISMATCH", path, fact, remedy)
-    return volume
+        raise PhotonError("VOLUME_MISSING", path, "the file does not exist.", MAKE_AGAIN) from error
+    except (ValueError, KeyError, TypeError, PhotonError) as error:
+        raise PhotonError("VOLUME_CORRUPT", path, f"it is not a whole volume file ({error}).", MAKE_AGAIN) from error
+    if spec is not None and spec != record.spec:
+        fact = f"it was made for the spec {record.spec.digest()} ({record.spec.as_dict()}), wanted is {spec.digest()}."
+        raise PhotonError("VOLUME_SPEC_MISMATCH", path, fact, MAKE_AGAIN)
+    return record, [content[begin + first : begin + last] for first, last in ends]
 
 
 def _percentile_mapping(scan: Scan, spec: VolumeSpec) -> Mapping:

@@ -1,0 +1,63 @@
+"""Voxels of a volume as compressed slabs: the only module that knows blosc2.
+
+A slab is 14 planes, the depth of a patch. Bytes are shuffled (all low bytes, then all high bytes) and packed by LZ4;
+the choice is from measurement (docs/decisions.md). Number of threads and size of blocks are fixed, so that the same
+voxels give the same bytes on every machine. The library is loaded when the first volume is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipelines.grids import PATCH
+
+LEVEL = 5
+BLOCK_BYTES = 1 << 16
+
+
+def pack(voxels: np.ndarray) -> list[bytes]:
+    """int16 [Z, Y, X] -> its compressed slabs, lowest Z first."""
+    import blosc2
+
+    voxels = np.ascontiguousarray(voxels, dtype="<i2")
+    return [
+        blosc2.compress2(
+            slab,
+            typesize=2,
+            codec=blosc2.Codec.LZ4,
+            clevel=LEVEL,
+            filters=[blosc2.Filter.SHUFFLE],
+            blocksize=BLOCK_BYTES,
+            nthreads=1,
+        )
+        for slab in _slabs(voxels)
+    ]
+
+
+def unpack(packed: Sequence[bytes | memoryview], shape: tuple[int, int, int]) -> np.ndarray:
+    """Compressed slabs -> int16 [Z, Y, X].
+
+    Raises:
+        ValueError: they are not the slabs of a volume of this shape.
+    """
+    import blosc2
+
+    voxels = np.empty(shape, "<i2")
+    slabs = _slabs(voxels)
+    if len(packed) != len(slabs):
+        raise ValueError(f"{len(packed)} slabs instead of {len(slabs)}")
+    for source, slab in zip(packed, slabs, strict=True):
+        try:
+            num_bytes = blosc2.get_cbuffer_sizes(source)[0]
+            if num_bytes != slab.nbytes:
+                raise ValueError(f"a slab of {num_bytes} bytes instead of {slab.nbytes}")
+            blosc2.decompress2(source, dst=slab, nthreads=1)
+        except RuntimeError as error:
+            raise ValueError(f"a slab cannot be unpacked: {error}") from error
+    return voxels
+
+
+def _slabs(voxels: np.ndarray) -> list[np.ndarray]:
+    return [voxels[start : start + PATCH] for start in range(0, len(voxels), PATCH)]

@@ -1,0 +1,142 @@
+"""Volumes on disk: what was written comes back, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from photon.errors import PhotonError
+from pipelines.files import write_bytes
+from pipelines.grids import PATCH, VolumeSpec
+from pipelines.volumes import Volume, read_volume, read_volume_record, voxels_sha256, write_volume
+from pipelines.voxel_codec import pack, unpack
+
+SPEC = VolumeSpec(spacing_mm=3.0, shape=(28, 28, 28), window_hu=(-1000, 1000))
+
+
+def make_volume(seed: int = 0) -> Volume:
+    random = np.random.default_rng(seed)
+    voxels = np.full(SPEC.shape, -1000, np.int16)
+    voxels[5:25, 4:20, 8:20] = random.integers(-1000, 1001, (20, 16, 12))
+    affine = np.diag([-3.0, -3.0, 3.0, 1.0])
+    affine[0, 3] = 0.1 + 0.2
+    return Volume(voxels=voxels, affine=affine, spec=SPEC, metadata={"modality": "ct", "notes": ["é"]})
+
+
+def test_a_volume_comes_back_and_is_written_the_same_twice(tmp_path: Path) -> None:
+    volume = make_volume()
+    digests = [write_volume(volume, tmp_path / name) for name in ("1", "2")]
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+    back, record = read_volume(tmp_path / "1", SPEC), read_volume_record(tmp_path / "1", SPEC)
+    assert np.array_equal(back.voxels, volume.voxels) and back.voxels.dtype == np.int16
+    for found in (back, record):
+        assert np.array_equal(found.affine, volume.affine)
+        assert found.metadata == volume.metadata and found.spec == SPEC
+    assert digests == [voxels_sha256(back)] * 2 == [record.voxels_sha256] * 2
+    back.voxels[0, 0, 0] = 5  # callers may work on it
+
+
+def test_the_file_is_safetensors_and_smaller_than_its_voxels(tmp_path: Path) -> None:
+    volume = make_volume()
+    write_volume(volume, tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    assert sorted(tensors) == ["slab0000", "slab0001", "whole_sha256"]
+    assert (tmp_path / "a.safetensors").stat().st_size < volume.voxels.nbytes / 2
+    first = unpack([tensors["slab0000"].tobytes()], (PATCH, 28, 28))
+    assert np.array_equal(first, volume.voxels[:PATCH])
+
+
+def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    write_volume(make_volume(), path)
+    content = path.read_bytes()
+    random = np.random.default_rng(0)
+    header = 8 + int.from_bytes(content[:8], "little")
+    places = {*range(header), *range(len(content) - 64, len(content))}
+    places |= set(random.integers(0, len(content), 500).tolist())
+    for place in places:
+        for change in (1 << int(random.integers(8)), int(random.integers(1, 256))):
+            broken = bytearray(content)
+            broken[place] ^= change
+            path.write_bytes(broken)
+            for read in (read_volume, read_volume_record):
+                with pytest.raises(PhotonError, match="VOLUME_CORRUPT"):
+                    read(path)
+
+
+def test_every_truncation_and_every_addition_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    write_volume(make_volume(), path)
+    content = path.read_bytes()
+    lengths = [*range(64), *range(0, len(content), len(content) // 50), *range(len(content) - 40, len(content))]
+    for changed in [*(content[:length] for length in lengths), content + b"\0", content + content[-32:]]:
+        path.write_bytes(changed)
+        with pytest.raises(PhotonError, match="VOLUME_CORRUPT"):
+            read_volume(path)
+
+
+def test_a_file_that_is_whole_but_no_volume_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    write_volume(make_volume(), path)
+    content = path.read_bytes()[:-32]
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:begin])
+    stored = json.loads(header["__metadata__"]["photon"])
+
+    def refused(header: object, body: bytes = content[begin:]) -> bool:
+        text = json.dumps(header).encode()
+        whole = len(text).to_bytes(8, "little") + text + body
+        path.write_bytes(whole + hashlib.sha256(whole).digest())
+        try:
+            read_volume(path)
+        except PhotonError as error:
+            return error.code == "VOLUME_CORRUPT"
+        return False
+
+    assert not refused(header)
+    assert refused([]) and refused({}) and refused({"__metadata__": {"photon": "no JSON"}})
+    other_spec = {"photon": json.dumps(stored | {"spec": {**stored["spec"], "shape": [42, 28, 28]}})}
+    assert refused(header | {"__metadata__": other_spec})
+    assert refused({name: value for name, value in header.items() if name != "slab0001"})
+    swapped = header | {"slab0000": {"data_offsets": [0, 20]}}
+    assert refused(swapped)
+    assert refused(header, bytes(len(content) - begin))
+
+
+def test_an_interrupted_write_leaves_the_old_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.safetensors"
+    write_volume(make_volume(0), path)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_volume(make_volume(1), path)
+    monkeypatch.undo()
+    assert np.array_equal(read_volume(path).voxels, make_volume(0).voxels)
+    assert [item.name for item in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_parts_are_written_one_after_another(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "a", b"one", memoryview(b"two"))
+    assert (tmp_path / "a").read_bytes() == b"onetwo"
+
+
+@pytest.mark.parametrize("planes", [1, 14, 15, 40])
+def test_slabs_hold_any_number_of_planes(planes: int) -> None:
+    voxels = np.random.default_rng(0).integers(-32768, 32768, (planes, 5, 7)).astype(np.int16)
+    packed = pack(voxels)
+    assert len(packed) == -(-planes // PATCH)
+    assert np.array_equal(unpack(packed, voxels.shape), voxels)
+    assert pack(np.asfortranarray(voxels)) == packed == pack(voxels.astype(">i2"))
+    with pytest.raises(ValueError, match="slab"):
+        unpack(packed[:-1], voxels.shape)
+    with pytest.raises(ValueError):
+        unpack([packed[0][:20], *packed[1:]], voxels.shape)
