@@ -42,6 +42,7 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
         settings.apply()
         return function(*args, **kwargs)
 
+    run.__name__ = function.__name__.rstrip("_")  # `import_`, as `import` is a word of Python's own
     COMMANDS.append(run)
     return run
 

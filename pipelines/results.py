@@ -142,3 +142,30 @@ class ScoreRecord(Record):
     seconds: float
     model_version: str
     data_version: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportRecord(Record):
+    """What `photon import` made of a public dataset.
+
+    Counts of questions are of this dataset alone, after `num_dropped` (of all datasets in the folder) were left out
+    because of leaks. Scans asked about are ok, refused when they were read, or missing: without a file, or without a
+    known header. `num_leaks` counts what is both learnt and tested, in all questions of the folder.
+    """
+
+    dataset: str
+    folder: str
+    report: str
+    num_questions: int
+    num_questions_by_split: dict[str, int]
+    num_questions_by_kind: dict[str, int]
+    num_dropped: int
+    num_rows_refused: int
+    refused_by_reason: dict[str, int]
+    num_scans_asked: int
+    num_scans_ok: int
+    num_scans_refused: int
+    num_scans_missing: int
+    scans_refused_by_code: dict[str, int]
+    num_leaks: int
+    leaks_by_check: dict[str, int]
