@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,13 @@ from flows.cli_support import (
     show_results,
 )
 from flows.progress import show_progress
+
+
+class Trusted(enum.StrEnum):
+    """What may count in a header that contradicts itself."""
+
+    sform = "sform"
+    pixdim = "pixdim"
 
 
 @command
@@ -89,11 +97,20 @@ def preprocess(
     output: Annotated[Path, typer.Option(help="Folder for the volumes and manifest.parquet.")],
     preset: Annotated[str, typer.Option(help="Grid: demo, smoke, iso1mm or photon.")] = "demo",
     modality: Modality = "auto",
+    trust: Annotated[
+        Trusted | None, typer.Option(help="What counts where a NIfTI header contradicts itself; default: refuse it.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes, one scan each; default by cores and free memory.")
+    ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Delete volumes of scans that are gone or refused now.")
+    ] = False,
 ) -> None:
     """Bring a folder of scans onto one grid: orientation, spacing, size, window.
 
-    Reads NIfTI (.nii, .nii.gz). Writes one .safetensors file for every scan that can be used and
-    manifest.parquet with a row for every scan, refused or not. What is done and unchanged is not done again.
+    Writes one .safetensors file for every scan that can be used and manifest.parquet with a row for every scan, refused
+    or not. What is done and unchanged is not done again, also after the command was killed; two of them share the work.
     Exit code 3 says that scans were refused.
 
     Example: `photon preprocess --input data/raw/images --output data/volumes`
@@ -103,9 +120,25 @@ def preprocess(
 
     spec = choose(VOLUME_SPECS, preset)
     with show_progress("preprocess") as on_progress:
-        record = run_stage(input, output, spec, modality=modality, on_progress=on_progress)
+        record = run_stage(
+            input,
+            output,
+            spec,
+            modality=modality,
+            trust=trust.value if trust else None,
+            on_progress=on_progress,
+            num_workers=workers,
+            is_pruning=prune,
+        )
     show_counts("scans", {"ok": record.num_ok} | record.refused_by_code)
-    show_results(volumes=record.folder, manifest=record.manifest)
+    show_results(
+        volumes=record.folder,
+        manifest=record.manifest,
+        made=f"{record.num_new} now, {record.num_unchanged} earlier and unchanged",
+        removed=f"{len(record.removed)} scans of the last manifest are gone",
+        without_row=f"{record.num_without_row} volumes of scans gone or refused"
+        + (" (--prune deletes them)" if record.num_without_row else ""),
+    )
     if record.num_refused:
         raise typer.Exit(EXIT_SOME_FAILED)
 

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import os
+import functools
+import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from photon.errors import PhotonError
-from pipelines.files import file_digest, prepare_output_folder
-from pipelines.manifest import MANIFEST_NAME, write_manifest
+from pipelines.claims import claim, share_folder
+from pipelines.files import prepare_output_folder
+from pipelines.manifest import MANIFEST_NAME, read_manifest, write_manifest
+from pipelines.preprocess_scan import VOLUME_ENDING, Outcome, ScanJob, do_scan, refused_row
+from pipelines.provenance import source_digest
 from pipelines.results import PreprocessRecord
-from pipelines.scans.find import Source, find_scans
-from pipelines.scans.scan import read_scan
-from pipelines.volumes import (
-    Volume,
-    VolumeSpec,
-    read_volume,
-    resample,
-    voxels_sha256,
-    write_volume,
-)
+from pipelines.scans.checks import Trust
+from pipelines.scans.find import find_scans
+from pipelines.source_index import Appender, SourceIndex
+from pipelines.volumes import MODALITIES, VolumeSpec
+from pipelines.workers import default_num_workers, run_in_processes
 
 Progress = Callable[[int, int, str], None]
+Runner = Callable[[Sequence[ScanJob]], Iterable[tuple[ScanJob, Outcome | None]]]
+"""Does jobs with :func:`do_scan`, somewhere, in any order; None for a job whose worker died."""
 
-MIN_JOBS_FOR_WORKERS = 16
+FEW_JOBS, FEW_BYTES = 16, 64 << 20
+"""Below both, processes cost more than they bring, and no scan is large enough to take this one along."""
 
 
 def preprocess(
@@ -37,100 +37,163 @@ def preprocess(
     spec: VolumeSpec,
     *,
     modality: str = "auto",
+    trust: Trust | None = None,
     on_progress: Progress | None = None,
     num_workers: int | None = None,
+    run_jobs: Runner | None = None,
+    is_pruning: bool = False,
 ) -> PreprocessRecord:
     """Turn every scan below ``input`` into ``output/<scan_id>.safetensors`` and list them in
     ``output/manifest.parquet``.
 
-    Scans whose source, spec and modality are unchanged and whose volume is whole are not done again. The
-    result does not depend on ``num_workers`` (None: one for each core).
+    Scans whose source, spec and modality are unchanged and whose volume is whole are not done again; after a run that
+    was killed the same call goes on where it was. Several processes with the same arguments share the work. The result
+    depends on neither number of workers nor of processes.
+
+    Args:
+        trust: what counts where a NIfTI header contradicts itself, ``sform`` or ``pixdim``; None refuses such scans.
+        num_workers: processes with one scan each; None for one a core, fewer where memory is short.
+        run_jobs: does the jobs in another way than with processes of this machine.
+        is_pruning: delete volumes without a row: of scans that are gone, or refused now.
 
     Raises:
-        PhotonError: ``INPUT_MISSING``, ``ARCHIVE_EMPTY``, ``OUTPUT_UNWRITABLE`` or ``MODALITY_UNKNOWN``.
-            What is wrong with a single scan becomes the ``status`` of its row.
+        PhotonError: ``INPUT_MISSING``, ``ARCHIVE_EMPTY``, ``OUTPUT_UNWRITABLE``, ``OUTPUT_BUSY`` or
+            ``MODALITY_UNKNOWN``. What is wrong with a single scan becomes the ``status`` of its row.
     """
-    if modality not in ("auto", "ct", "mr"):
-        raise PhotonError("MODALITY_UNKNOWN", modality, "it is not auto, ct or mr.", "Use one of these.")
+    if modality not in ("auto", *MODALITIES):
+        fact = f"it is not auto, {', '.join(MODALITIES)}."
+        raise PhotonError("MODALITY_UNKNOWN", modality, fact, "Use one of these.")
     sources = find_scans(input)
     prepare_output_folder(output)
-    jobs = [_Job(source, output, spec, modality) for source in sources]
-    rows = []
-    for row in _each(jobs, num_workers or os.cpu_count() or 1):
-        rows.append(row)
-        if on_progress:
-            on_progress(len(rows), len(jobs), row["scan_id"])
-    write_manifest(rows, output / MANIFEST_NAME)
-    refused = Counter(row["status"] for row in rows if row["status"] != "ok")
+    settings = json.dumps([str(input.resolve()), spec.digest(), modality, trust])
+    with share_folder(output, settings):
+        _remove_half_written(output)
+        index = SourceIndex(output)
+        jobs = [
+            ScanJob(
+                source=source,
+                output=output,
+                spec=spec,
+                modality=modality,
+                trust=trust,
+                known=index.known.get(source.relative),
+                code=source_digest(),
+            )
+            for source in sources
+        ]
+        run = _Run(len(jobs), index, on_progress)
+        run.do(jobs, run_jobs or _local_runner(jobs, num_workers))
+        before = _scan_ids(output)
+        write_manifest(run.rows, output / MANIFEST_NAME)
+        index.keep_only(source.relative for source in sources)
+        orphans = _orphans(output, run.rows)
+        if is_pruning:
+            for path in orphans:
+                path.unlink(missing_ok=True)
+    return _record(output, spec, run, sorted(before - {source.scan_id for source in sources}), orphans, is_pruning)
+
+
+class _Run:
+    """Rows and counts of one call, as outcomes come in."""
+
+    def __init__(self, total: int, index: SourceIndex, on_progress: Progress | None) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.states: Counter[str] = Counter()
+        self._total, self._index, self._on_progress = total, index, on_progress
+        self._learned: Appender | None = None
+
+    def do(self, jobs: Sequence[ScanJob], run_jobs: Runner) -> None:
+        """Do all jobs: first those that nobody else is at, then what others left, then what killed a worker, alone."""
+        with self._index.appending() as learned:
+            self._learned = learned
+            busy, killed = self._round(jobs, run_jobs)
+            _, killed_later = self._round([dataclasses.replace(job, is_waiting=True) for job in busy], run_jobs)
+            for job in (*killed, *killed_later):
+                # Perhaps memory ran out because of its neighbours.
+                if self._round([job], functools.partial(run_in_processes, do_scan, num_workers=1))[1]:
+                    message = (
+                        "the process reading it was killed, twice, perhaps for want of memory. "
+                        "Look at this scan, or use a machine with more memory."
+                    )
+                    self._take(job, Outcome(state="refused", row=refused_row(job, "WORKER_KILLED", message)))
+
+    def _round(self, jobs: Sequence[ScanJob], run_jobs: Runner) -> tuple[list[ScanJob], list[ScanJob]]:
+        busy, killed = [], []
+        for job, outcome in run_jobs(jobs) if jobs else ():
+            if outcome is None:
+                killed.append(dataclasses.replace(job, is_waiting=True))
+            elif outcome.row is None:
+                busy.append(job)
+            else:
+                self._take(job, outcome)
+        return busy, killed
+
+    def _take(self, job: ScanJob, outcome: Outcome) -> None:
+        assert outcome.row is not None
+        self.rows.append(outcome.row)
+        self.states[outcome.state] += 1
+        if outcome.known and self._learned:
+            self._learned.note(job.source.relative, outcome.known)
+        if self._on_progress:
+            self._on_progress(len(self.rows), self._total, job.source.scan_id)
+
+
+def _local_runner(jobs: Sequence[ScanJob], num_workers: int | None) -> Runner:
+    """Processes of this machine, or none where the work is small."""
+    if len(jobs) < FEW_JOBS and sum(_num_bytes(job.source.path) for job in jobs) < FEW_BYTES:
+        return _run_here
+    return functools.partial(run_in_processes, do_scan, num_workers=num_workers or default_num_workers())
+
+
+def _run_here(jobs: Sequence[ScanJob]) -> Iterator[tuple[ScanJob, Outcome | None]]:
+    return ((job, do_scan(job)) for job in jobs)
+
+
+def _num_bytes(path: Path) -> int:
+    try:
+        files = path.rglob("*") if path.is_dir() else (path,)
+        return sum(file.stat().st_size for file in files)
+    except OSError:
+        return 0
+
+
+def _remove_half_written(output: Path) -> None:
+    """Delete what killed runs left of volumes; a living writer holds the claim of its scan."""
+    for path in output.glob(f".*{VOLUME_ENDING}.*.tmp"):
+        scan_id = path.name[1:].rpartition(VOLUME_ENDING)[0]
+        with claim(output, scan_id) as is_ours:
+            if is_ours:
+                path.unlink(missing_ok=True)
+
+
+def _scan_ids(output: Path) -> set[str]:
+    """Scans of the manifest that an earlier run wrote."""
+    try:
+        return set(read_manifest(output / MANIFEST_NAME)["scan_id"])
+    except PhotonError:
+        return set()
+
+
+def _orphans(output: Path, rows: Iterable[dict[str, Any]]) -> list[Path]:
+    """Volumes that no row names."""
+    named = {row.get("volume") for row in rows}
+    return sorted(path for path in output.glob(f"*{VOLUME_ENDING}") if path.name not in named)
+
+
+def _record(
+    output: Path, spec: VolumeSpec, run: _Run, removed: list[str], orphans: Sequence[Path], is_pruning: bool
+) -> PreprocessRecord:
+    refused = Counter(row["status"] for row in run.rows if row["status"] != "ok")
     return PreprocessRecord(
         folder=str(output),
         manifest=str(output / MANIFEST_NAME),
-        num_ok=len(rows) - sum(refused.values()),
+        num_ok=len(run.rows) - sum(refused.values()),
         num_refused=sum(refused.values()),
         refused_by_code=dict(sorted(refused.items())),
         spec=spec.as_dict(),
         spec_digest=spec.digest(),
+        num_new=run.states["new"],
+        num_unchanged=run.states["unchanged"],
+        removed=removed,
+        num_without_row=0 if is_pruning else len(orphans),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    source: Source
-    output: Path
-    spec: VolumeSpec
-    modality: str
-
-
-def _each(jobs: Sequence[_Job], num_workers: int) -> Iterator[dict[str, Any]]:
-    if num_workers == 1 or len(jobs) < MIN_JOBS_FOR_WORKERS:
-        yield from map(_row, jobs)
-        return
-    # A fork of a process with threads (a tracker, torch) can hang, so workers start afresh.
-    context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
-        yield from pool.map(_row, jobs, chunksize=4)
-
-
-def _row(job: _Job) -> dict[str, Any]:
-    """The manifest row of one scan; its volume is written on the way."""
-    row: dict[str, Any] = {
-        "scan_id": job.source.scan_id,
-        "source": job.source.relative,
-        "spec_digest": job.spec.digest(),
-    }
-    target = job.output / f"{job.source.scan_id}.safetensors"
-    try:
-        volume = _current_volume(job, target) or _new_volume(job, target)
-    except PhotonError as error:
-        if error.code == "OUTPUT_UNWRITABLE":
-            raise
-        return row | {"status": error.code, "message": f"{error.fact} {error.remedy}"}
-    stored = {"volume": target.name, "volume_sha256": voxels_sha256(volume)}
-    return row | volume.metadata | stored | {"status": "ok", "message": ""}
-
-
-def _new_volume(job: _Job, target: Path) -> Volume:
-    try:
-        volume = resample(read_scan(job.source.path), job.spec, job.modality)
-    except MemoryError as error:
-        fact = "there is not enough memory for it."
-        raise PhotonError("SCAN_TOO_LARGE", job.source.path, fact, "Crop it or use a larger machine.") from error
-    try:
-        write_volume(volume, target)
-    except OSError as error:
-        fact = f"the volume cannot be written ({error.strerror or error})."
-        raise PhotonError("OUTPUT_UNWRITABLE", target, fact, "Free space; what is done is kept.") from error
-    return volume
-
-
-def _current_volume(job: _Job, target: Path) -> Volume | None:
-    """The volume of an earlier run, if it is whole and was made from the same bytes in the same way."""
-    if not target.is_file() or not job.source.path.is_file():
-        return None
-    try:
-        volume = read_volume(target, job.spec)
-    except PhotonError:
-        return None
-    made_as = "auto" if volume.metadata["modality_source"] == "inferred" else volume.metadata["modality"]
-    is_same = made_as == job.modality and volume.metadata["source_sha256"] == file_digest(job.source.path)
-    return volume if is_same else None

@@ -52,7 +52,11 @@ class DataRecord(Record):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreprocessRecord(Record):
-    """What `preprocess` made of a folder of scans."""
+    """What `preprocess` made of a folder of scans.
+
+    `num_new` volumes were made by this run, `num_unchanged` were whole and up to date. `removed` lists scans of the last
+    manifest that are gone. `num_without_row` volumes lie in the folder although no row names them.
+    """
 
     folder: str
     manifest: str
@@ -61,6 +65,10 @@ class PreprocessRecord(Record):
     refused_by_code: dict[str, int]
     spec: dict[str, Any]
     spec_digest: str
+    num_new: int
+    num_unchanged: int
+    removed: list[str]
+    num_without_row: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -55,7 +55,7 @@ def error_codes() -> dict[str, str]:
     for path, tree in trees:
         constants = constants_of(tree)
         returned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return) and node.value]
-        pairs = [value.elts[0] for value in returned if isinstance(value, ast.Tuple)]
+        pairs = [value.elts[0] for value in returned if isinstance(value, ast.Tuple) and value.elts]
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
         for call in calls:
             name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")

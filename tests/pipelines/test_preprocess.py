@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
     put_scan(scans / "deep" / "b.nii.gz", 2)
     content = (scans / "a.nii").read_bytes()
     (scans / "cut.nii.gz").write_bytes(gzip.compress(content)[:500])
-    for name in ("dicom/1.dcm", "dicom/2.dcm", "c.mha", "readme.txt", ".hidden.nii"):
+    for name in ("dicom/1.dcm", "dicom/2.dcm", "c.mgz", "readme.txt", ".hidden.nii"):
         (scans / name).parent.mkdir(exist_ok=True)
         (scans / name).write_bytes(b"x")
     return scans
@@ -46,7 +46,7 @@ def test_one_bad_scan_costs_one_row(folder: Path, tmp_path: Path) -> None:
     assert {scan_id: row["status"] for scan_id, row in table.items()} == {
         "a": "ok",
         "b": "ok",
-        "c.mha": "FORMAT_UNSUPPORTED",
+        "c.mgz": "FORMAT_UNSUPPORTED",
         "cut": "SCAN_TRUNCATED",
         "dicom": "FORMAT_UNSUPPORTED",
     }
@@ -88,7 +88,7 @@ def test_the_number_of_workers_does_not_matter(tmp_path: Path) -> None:
         put_scan(tmp_path / "in" / f"{number:02d}.nii", number)
     for workers in (1, 2):
         preprocess(tmp_path / "in", tmp_path / str(workers), SPEC, num_workers=workers)
-    names = sorted(path.name for path in (tmp_path / "1").iterdir())
+    names = sorted(path.name for path in (tmp_path / "1").iterdir() if not path.name.startswith("."))
     assert len(names) == 18
     for name in names:
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()

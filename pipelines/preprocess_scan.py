@@ -1,0 +1,173 @@
+"""One scan of an archive: its volume, and its row of the manifest. This is what a worker does."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import traceback
+from pathlib import Path
+from typing import Any, Literal
+
+from photon.errors import PhotonError
+from pipelines.claims import claim
+from pipelines.files import file_digest
+from pipelines.scans.checks import Trust
+from pipelines.scans.find import Source
+from pipelines.scans.scan import Scan, read_scan
+from pipelines.source_index import Known, signature_of
+from pipelines.volumes import VolumeRecord, VolumeSpec, read_volume_record, resample, write_volume
+
+VOLUME_ENDING = ".safetensors"
+MAYBE_DETACHED = (".mhd", ".nhdr", ".hdr", ".mha", ".nrrd")
+"""Files whose voxels may lie in another file, so that what the file system says of them proves nothing about a scan."""
+NOT_ITS_OWN_FAULT = ("SCAN_TOO_LARGE", "SCAN_FAULT", "WORKER_KILLED")
+"""Refusals that the same bytes need not meet again, on another day or a larger machine."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScanJob:
+    """A scan to be done, and how.
+
+    Args:
+        trust: see :func:`read_scan`.
+        known: what an earlier run learned about the source.
+        code: digest of the source code: refusals of other code are not believed.
+        is_waiting: wait where another process is doing the same scan.
+    """
+
+    source: Source
+    output: Path
+    spec: VolumeSpec
+    modality: str
+    trust: Trust | None = None
+    known: Known | None = None
+    code: str = ""
+    is_waiting: bool = False
+
+    @property
+    def target(self) -> Path:
+        """The volume's file."""
+        return self.output / f"{self.source.scan_id}{VOLUME_ENDING}"
+
+    @property
+    def settings(self) -> str:
+        """What a refusal depends on besides the source's bytes."""
+        return f"{self.spec.digest()} {self.modality} {self.trust} {self.code}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a job: its row, None where another process is at it, and what was learned about the source."""
+
+    state: Literal["new", "unchanged", "refused", "busy"]
+    row: dict[str, Any] | None = None
+    known: Known | None = None
+
+
+def do_scan(job: ScanJob) -> Outcome:
+    """Do one scan unless it is done already; the volume is written on the way.
+
+    Raises:
+        PhotonError: ``OUTPUT_UNWRITABLE``. Whatever else is wrong becomes the row's ``status``.
+    """
+    with claim(job.output, job.source.scan_id, is_waiting=job.is_waiting) as is_ours:
+        if not is_ours:
+            return Outcome(state="busy")
+        signature = signature_of(job.source.path)
+        known = job.known if job.known and job.known.signature == signature else None
+        if known and known.refusal and known.refusal[2] == job.settings:
+            return _refused(job, *known.refusal[:2], known=known)
+        try:
+            return _do(job, signature, known)
+        except PhotonError as error:
+            if error.code == "OUTPUT_UNWRITABLE":
+                raise
+            learned, message = None, f"{error.fact} {error.remedy}"
+            if signature and not _maybe_detached(job.source.path) and error.code not in NOT_ITS_OWN_FAULT:
+                learned = Known(signature=signature, refusal=(error.code, message, job.settings))
+            return _refused(job, error.code, message, known=learned)
+
+
+def refused_row(job: ScanJob, code: str, message: str) -> dict[str, Any]:
+    """The manifest row of a scan that cannot be used."""
+    return _row(job) | {"status": code, "message": message}
+
+
+def _refused(job: ScanJob, code: str, message: str, *, known: Known | None) -> Outcome:
+    return Outcome(state="refused", row=refused_row(job, code, message), known=known)
+
+
+def _row(job: ScanJob) -> dict[str, Any]:
+    return {"scan_id": job.source.scan_id, "source": job.source.relative, "spec_digest": job.spec.digest()}
+
+
+def _do(job: ScanJob, signature: str | None, known: Known | None) -> Outcome:
+    earlier = _earlier_volume(job)
+    if earlier and known and known.sha256 == earlier.metadata["source_sha256"]:
+        return _done(job, "unchanged", earlier, signature)
+    with contextlib.nullcontext(job.source.path) as path:
+        # The hash of a scan of several files is another than that of the file that is named.
+        if earlier and path.is_file() and file_digest(path) == earlier.metadata["source_sha256"]:
+            return _done(job, "unchanged", earlier, signature)
+        scan = _read(path, job.trust)
+    if _maybe_detached(job.source.path):
+        signature = None
+    if earlier and scan.sha256 == earlier.metadata["source_sha256"]:
+        return _done(job, "unchanged", earlier, signature)
+    return _done(job, "new", _make_volume(job, scan), signature)
+
+
+def _done(job: ScanJob, state: Literal["new", "unchanged"], volume: VolumeRecord, signature: str | None) -> Outcome:
+    stored = {"volume": job.target.name, "volume_sha256": volume.voxels_sha256, "status": "ok", "message": ""}
+    known = Known(signature=signature, sha256=volume.metadata["source_sha256"]) if signature else None
+    return Outcome(state=state, row=_row(job) | volume.metadata | stored, known=known)
+
+
+def _earlier_volume(job: ScanJob) -> VolumeRecord | None:
+    """The volume of an earlier run, if its bytes are whole and it was made with the same settings."""
+    try:
+        volume = read_volume_record(job.target, job.spec)
+    except PhotonError:
+        return None
+    is_declared = volume.metadata["modality_source"] == "declared"
+    made_as = volume.metadata["modality"] if is_declared else "auto"
+    is_same = made_as == job.modality and volume.metadata.get("trust") == job.trust
+    return volume if is_same else None
+
+
+def _maybe_detached(path: Path) -> bool:
+    return path.suffix.lower() in MAYBE_DETACHED
+
+
+def _read(path: Path, trust: Trust | None) -> Scan:
+    """Read a scan; a fault of a reader costs this scan alone.
+
+    What such a fault says may quote the file's header, so only its kind and its place in the code are told.
+    """
+    try:
+        return read_scan(path, trust=trust)
+    except PhotonError:
+        raise
+    except MemoryError as error:
+        fact = "there is not enough memory for it."
+        raise PhotonError("SCAN_TOO_LARGE", path, fact, "Crop it or use a larger machine.") from error
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        fact = f"its reader failed ({type(error).__name__} in {Path(place.filename).name}, line {place.lineno})."
+        raise PhotonError("SCAN_FAULT", path, fact, "Convert it to .nii.gz, and report the fault.") from error
+
+
+def _make_volume(job: ScanJob, scan: Scan) -> VolumeRecord:
+    try:
+        volume = resample(scan, job.spec, job.modality)
+    except MemoryError as error:
+        fact = "there is not enough memory for it."
+        raise PhotonError("SCAN_TOO_LARGE", scan.path, fact, "Crop it or use a larger machine.") from error
+    if job.trust:  # only then: volumes made without it keep their bytes
+        volume = dataclasses.replace(volume, metadata=volume.metadata | {"trust": job.trust})
+    try:
+        digest = write_volume(volume, job.target)
+    except OSError as error:
+        fact = f"the volume cannot be written ({error.strerror or error})."
+        raise PhotonError("OUTPUT_UNWRITABLE", job.target, fact, "Free space; what is done is kept.") from error
+    return VolumeRecord(spec=volume.spec, affine=volume.affine, metadata=volume.metadata, voxels_sha256=digest)
