@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
 from pipelines.anatomy import LABELS
-from pipelines.resample import frame_of
+from pipelines.grids import frame_of
+from pipelines.shapes import components
 
 REGIONS = {
     "liver": ("liver", "liver cyst", "liver tumor"),
@@ -28,10 +30,13 @@ ANEURYSM_MM = 30.0
 CARDIOMEGALY_RATIO = 0.5
 
 
-def organ_mask(labels: np.ndarray, organ: str) -> np.ndarray:
-    """Bool array of ``labels``' shape: where an organ that a question asks about lies, its lesions
-    included."""
-    return np.isin(labels, [LABELS[name] for name in REGIONS.get(organ, (organ,))])
+def organ_mask(labels: np.ndarray, organ: str, values: Mapping[str, int] = LABELS) -> np.ndarray:
+    """Bool array of ``labels``' shape: where an organ that a question asks about lies, its lesions included.
+
+    Args:
+        values: the value of every label by its name.
+    """
+    return np.isin(labels, [values[name] for name in REGIONS.get(organ, (organ,)) if name in values])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +82,7 @@ class Measurements:
     def lesions(self, label: str) -> list[Lesion]:
         """Connected regions of a lesion label of at least 0.5 mL, largest first."""
         found = []
-        for points in _components(self.labels == LABELS[label]):
+        for points in components(self.labels == LABELS[label]):
             volume_ml = len(points) * self.voxel_ml
             if volume_ml >= MIN_LESION_ML:
                 centre = tuple(int(points[:, axis].sum()) / len(points) for axis in range(3))
@@ -104,26 +109,3 @@ class Measurements:
         heart = np.flatnonzero((self.labels == LABELS["heart"]).any(axis=(0, 1)))
         lungs = np.flatnonzero(organ_mask(self.labels, "lungs").any(axis=(0, 1)))
         return (int(heart[-1]) - int(heart[0]) + 1) / (int(lungs[-1]) - int(lungs[0]) + 1)
-
-
-def _components(mask: np.ndarray) -> list[np.ndarray]:
-    """Face-connected regions of a 3D mask, each as voxel indices [n, 3]."""
-    if not mask.any():
-        return []
-    where = np.argwhere(mask)
-    low = where.min(axis=0) - 1
-    points = where - low
-    names = np.zeros(points.max(axis=0) + 2, np.int64)
-    inside = tuple(points.T)
-    names[inside] = np.arange(1, len(points) + 1)
-    while True:
-        before = names[inside]
-        best = before
-        for axis in range(3):
-            for step in (-1, 1):
-                moved = list(inside)
-                moved[axis] = moved[axis] + step
-                best = np.maximum(best, names[tuple(moved)])
-        if np.array_equal(best, before):
-            return [where[before == name] for name in np.unique(before)]
-        names[inside] = best

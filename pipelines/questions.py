@@ -141,7 +141,7 @@ def questions_for_scan(
         labels: label map of the same shape, values as in `anatomy.LABELS`.
         affine: [4, 4], array index to world RAS mm.
     """
-    writer = _Writer(scan_id, patient_id, split)
+    writer = QuestionWriter(scan_id, patient_id, split)
     measured = Measurements(hu, labels, affine)
     _recognition(writer, measured)
     _measurement(writer, measured)
@@ -150,8 +150,8 @@ def questions_for_scan(
     return writer.questions
 
 
-class _Writer:
-    """Collects questions; picks a phrasing by the question's id, so never by its answer."""
+class QuestionWriter:
+    """Collects the questions about one scan; picks a phrasing by the question's id, so never by its answer."""
 
     def __init__(self, scan_id: str, patient_id: str, split: str) -> None:
         self.scan_id, self.patient_id, self.split = scan_id, patient_id, split
@@ -196,7 +196,7 @@ class _Writer:
         )
 
 
-def _recognition(writer: _Writer, measured: Measurements) -> None:
+def _recognition(writer: QuestionWriter, measured: Measurements) -> None:
     writer.family = "recognition"
     for lesion in ("cyst", "tumor"):
         phrasings = (
@@ -226,7 +226,7 @@ def _recognition(writer: _Writer, measured: Measurements) -> None:
         )
 
 
-def _measurement(writer: _Writer, measured: Measurements) -> None:
+def _measurement(writer: QuestionWriter, measured: Measurements) -> None:
     writer.family = "measurement"
     for organ in ("liver", "spleen", "heart", "left kidney", "right kidney"):
         writer.number(
@@ -270,7 +270,7 @@ def _measurement(writer: _Writer, measured: Measurements) -> None:
     )
 
 
-def _visual_reasoning(writer: _Writer, measured: Measurements) -> None:
+def _visual_reasoning(writer: QuestionWriter, measured: Measurements) -> None:
     writer.family = "visual reasoning"
     larger = max(("left", "right"), key=lambda side: measured.volume_ml(f"{side} kidney"))
     writer.add(
@@ -331,7 +331,7 @@ def _visual_reasoning(writer: _Writer, measured: Measurements) -> None:
             )
 
 
-def _medical_reasoning(writer: _Writer, measured: Measurements) -> None:
+def _medical_reasoning(writer: QuestionWriter, measured: Measurements) -> None:
     writer.family = "medical reasoning"
     spleen_ml = measured.volume_ml("spleen")
     mild, severe = SPLENOMEGALY_ML

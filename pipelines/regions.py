@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from photon.errors import PhotonError
 from pipelines.anatomy import LABELS
+from pipelines.files import read_json
 from pipelines.measurements import REGIONS, organ_mask
 from pipelines.resample import VolumeSpec
 from pipelines.volumes import resample_labels
@@ -51,20 +52,23 @@ def read_organ_masks(data: Path, scan_id: str, spec: VolumeSpec, organs: Iterabl
     shows.
 
     Args:
-        data: folder with ``raw/labels/<scan_id>.nii``; without that file no organ's place is known.
+        data: folder with ``raw/labels/<scan_id>.nii``; without that file no organ's place is known. What its values
+            mean is told by ``raw/labels.json``, name to value; without it they are those of `anatomy.LABELS`.
         scan_id: which scan.
         spec: of the preprocessed volume.
         organs: names as questions use them.
 
     Raises:
-        PhotonError: what reading a label map raises.
+        PhotonError: what reading a label map raises; ``LABELS_INVALID`` when ``labels.json`` is damaged.
     """
     source = data / "raw" / "labels" / f"{scan_id}.nii"
     if not source.exists():
         return {}
+    names = data / "raw" / "labels.json"
+    values = read_json(names, "LABELS_INVALID", "Write it again, or take it away.") if names.exists() else LABELS
     labels = resample_labels(source, spec)
-    known = sorted({organ for organ in organs if organ in REGIONS or organ in LABELS})
-    masks = {organ: organ_mask(labels, organ) for organ in known}
+    known = sorted({organ for organ in organs if organ in REGIONS or organ in values})
+    masks = {organ: organ_mask(labels, organ, values) for organ in known}
     return {organ: mask for organ, mask in masks.items() if mask.any()}
 
 

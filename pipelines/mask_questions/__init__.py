@@ -1,0 +1,1 @@
+"""Questions whose answers are computed from segmentations of real scans."""
