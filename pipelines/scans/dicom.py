@@ -11,7 +11,7 @@ from pathlib import Path
 from photon.errors import PhotonError
 from pipelines.files import file_digest
 from pipelines.scans.checks import MAX_VOXELS, check_grid
-from pipelines.scans.dicom_files import GET_AGAIN, is_dicom
+from pipelines.scans.dicom_files import GET_AGAIN, PREAMBLE, is_dicom
 from pipelines.scans.dicom_headers import Slice, read_slices
 from pipelines.scans.dicom_series import Series, grouped
 from pipelines.scans.dicom_voxels import joined_sha256, read_voxels
@@ -19,7 +19,7 @@ from pipelines.scans.scan import Scan, make_scan
 
 DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
 
-__all__ = ["Series", "is_dicom_file", "list_series", "read_series", "series_sha256"]
+__all__ = ["Series", "is_dicom_file", "list_series", "read_dicom", "read_series", "series_sha256"]
 
 
 def is_dicom_file(path: Path) -> bool:
@@ -49,7 +49,7 @@ def list_series(folder: Path) -> list[Series]:
             broken.append(error)
             continue
         images += found or []
-        if found is None and path.suffix.lower() in DICOM_ENDINGS:
+        if found is None and _ought_to_be_dicom(path):
             broken.append(PhotonError("SCAN_UNREADABLE", path, "it does not begin as a DICOM file.", GET_AGAIN))
     series = grouped(images, folder)
     if not broken:
@@ -61,6 +61,26 @@ def list_series(folder: Path) -> list[Series]:
     return [dataclasses.replace(one, notes=(*one.notes, note)) for one in series] + [
         Series(key="unreadable", folder=folder, modality=None, images=(), stack=None, refusal=refusal)
     ]
+
+
+def read_dicom(folder: Path, key: str = "", *, max_voxels: int = MAX_VOXELS) -> Scan:
+    """Read one series of a folder: the one with this key or, without a key, the only one that is not refused.
+
+    Raises:
+        PhotonError: ``SERIES_MISSING``, ``SERIES_AMBIGUOUS``; as :func:`read_series`.
+    """
+    found = list_series(folder)
+    if key:
+        chosen = [series for series in found if series.key == key]
+    else:
+        chosen = [series for series in found if series.refusal is None] or found[:1]
+    if not chosen:
+        fact = f"it holds no DICOM series {key}." if key else "it holds no DICOM series."
+        raise PhotonError("SERIES_MISSING", folder, fact, "Check the folder; its files may have changed.")
+    if len(chosen) > 1:
+        fact = f"it holds {len(chosen)} DICOM series: {', '.join(series.key for series in chosen[:9])}."
+        raise PhotonError("SERIES_AMBIGUOUS", folder, fact, "Name one of them, or preprocess the folder.")
+    return read_series(chosen[0], max_voxels)
 
 
 def read_series(series: Series, max_voxels: int = MAX_VOXELS) -> Scan:
@@ -86,6 +106,16 @@ def read_series(series: Series, max_voxels: int = MAX_VOXELS) -> Scan:
         notes=(*series.notes, *series.stack.notes, *voxels.notes),
         modality=series.modality,
     )
+
+
+def _ought_to_be_dicom(path: Path) -> bool:
+    """Whether a file that does not begin as DICOM has lost its beginning: by its name, or cut off in the preamble."""
+    ending = path.suffix.lower()
+    if ending in DICOM_ENDINGS:
+        return True
+    if ending and not ending[1:].isdigit():  # names are often UIDs
+        return False
+    return path.stat().st_size < PREAMBLE and not any(path.read_bytes())
 
 
 def series_sha256(series: Series) -> str:

@@ -30,7 +30,7 @@ GET_AGAIN = "Export the series again from its source."
 
 FIRST_BYTES = 1024
 _MAX_FIRST_LENGTH = 64
-_PREAMBLE = 128
+PREAMBLE = 128
 _PIXEL_DATA = 0x7FE00010
 _UNDEFINED = 0xFFFFFFFF
 _ENDIAN: dict[str, Literal["little", "big"]] = {"<": "little", ">": "big"}
@@ -104,7 +104,7 @@ class Pixels:
 
 def is_dicom(first: bytes) -> bool:
     """Whether a file that begins with these bytes (132 suffice) is DICOM; old ones lack preamble and magic."""
-    if first[_PREAMBLE : _PREAMBLE + 4] == b"DICM":
+    if first[PREAMBLE : PREAMBLE + 4] == b"DICM":
         return True
     group, element = first[:2], int.from_bytes(first[2:4], "little")
     is_explicit = first[4:6] in (b"UL", b"UI", b"CS") and first[6:8] < b"\xff"
@@ -118,10 +118,10 @@ def inflated_body(content: bytes, path: Path) -> bytes:
     Raises:
         PhotonError: ``SCAN_TRUNCATED``, ``SCAN_UNREADABLE`` or ``SCAN_TOO_LARGE``.
     """
-    meta_length = int.from_bytes(content[_PREAMBLE + 12 : _PREAMBLE + 16], "little")  # the first element's value
+    meta_length = int.from_bytes(content[PREAMBLE + 12 : PREAMBLE + 16], "little")  # the first element's value
     engine = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
-        body = engine.decompress(content[_PREAMBLE + 16 + meta_length :], MAX_INFLATED + 1)
+        body = engine.decompress(content[PREAMBLE + 16 + meta_length :], MAX_INFLATED + 1)
     except zlib.error as error:
         raise PhotonError("SCAN_UNREADABLE", path, f"its deflated data are damaged ({error}).", GET_AGAIN) from error
     if len(body) > MAX_INFLATED:

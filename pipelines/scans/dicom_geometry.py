@@ -141,17 +141,15 @@ def _uneven(positions: np.ndarray, subject: Path) -> PhotonError:
         where = int(np.argmax(aside))
         fact = f"slice {where + 2} lies {aside[where]:.2f} mm beside the line of the others."
         return PhotonError("SLICES_UNEVEN", subject, fact, GET_AGAIN)
-    ratios = lengths / usual
-    is_gap = (ratios > 1.5) & (np.abs(ratios - np.rint(ratios)) <= MAX_UNEVENNESS * np.rint(ratios))
-    is_usual = np.abs(ratios - 1) <= 2 * MAX_UNEVENNESS
-    if is_gap.any() and (is_gap | is_usual).all():
-        num_missing = int(np.rint(ratios[is_gap]).sum()) - int(is_gap.sum())
-        where = int(np.argmax(is_gap))
-        fact = (
-            f"{num_missing} of {len(positions) + num_missing} slices are missing, the first after slice {where + 1} "
-            f"(next slice {lengths[where]:.4g} mm on, usual are {usual:.4g} mm)."
-        )
-        return PhotonError("SLICES_MISSING", subject, fact, GET_AGAIN)
+    for unit in (usual, float(lengths.min())):
+        num_steps = np.rint(lengths / unit)
+        if num_steps.max() > 1 and (np.abs(lengths / unit - num_steps) <= MAX_UNEVENNESS * num_steps).all():
+            num_missing, where = int(num_steps.sum()) - len(lengths), int(np.argmax(num_steps > 1))
+            fact = (
+                f"{num_missing} of {len(positions) + num_missing} slices are missing, first after slice {where + 1} "
+                f"(next slice {lengths[where]:.4g} mm on, usual are {unit:.4g} mm)."
+            )
+            return PhotonError("SLICES_MISSING", subject, fact, GET_AGAIN)
     fact = f"its slices are {lengths.min():.4g} to {lengths.max():.4g} mm apart."
     return PhotonError("SLICES_UNEVEN", subject, fact, "Reconstruct the series with one slice spacing.")
 

@@ -99,6 +99,9 @@ def read_slices(path: Path) -> list[Slice] | None:
             header, body = parsed(stream, first, path)
             if header.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
                 return []
+            if text(header, "SeriesInstanceUID") == "":
+                fact = "its header does not say which series it belongs to, or ends before that."
+                raise PhotonError("SCAN_UNREADABLE", path, fact, GET_AGAIN)
             return _slices(header, body, path)
     except OSError as error:
         fact = f"the file cannot be read ({error.strerror or type(error).__name__})."

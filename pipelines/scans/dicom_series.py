@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from photon.errors import PhotonError
-from pipelines.scans.dicom_files import GET_AGAIN
 from pipelines.scans.dicom_geometry import Stack, check_plane, places_of, stacked
 from pipelines.scans.dicom_headers import Slice
 from pipelines.scans.dicom_pixels import check_pixels, scaling_of
@@ -41,6 +40,7 @@ _OTHER_CLASSES = (
     ("1.2.840.10008.5.1.4.1.1.11", "a presentation state"),
     ("1.2.840.10008.5.1.4.1.1.104", "a document"),
 )
+_OTHER_MODALITIES = ("NM", "US", "XA", "RF", "MG", "CR", "DX", "OT", "ECG")
 _AXES_TOLERANCE = 1e-3
 _SPACING_TOLERANCE = 1e-3
 _HASH_LENGTH = 10
@@ -94,11 +94,17 @@ def grouped(images: Sequence[Slice], folder: Path) -> list[Series]:
         if not _is_incomplete(image):
             groups[_sure_differences(image)].append(image)
     parts = [part for group in groups.values() for alike in _same_planes(group) for part in _separated(alike)]
-    whole = {part[0].series_uid for part in parts}
-    parts += [[image] for uid, image in spoilt.items() if uid not in whole]
+    num_parts = Counter(part[0].series_uid for part in parts)
+    strays = [[image] for uid, image in spoilt.items() if uid not in num_parts]
     series: dict[str, Series] = {}
-    for part in parts:
-        one = _series(part, spoilt.get(part[0].series_uid), folder)
+    for part in parts + strays:
+        uid = part[0].series_uid
+        notes = []
+        if num_parts[uid] > 1:
+            notes.append(f"its DICOM series holds images of {num_parts[uid]} scans, told apart by their headers")
+        if strays:
+            notes.append("its folder holds incomplete images of no known series: a slice at an end may be missing")
+        one = _series(part, spoilt.get(uid), folder, tuple(notes))
         while one.key in series:  # alike but for tiny differences of axes or spacing
             one = dataclasses.replace(one, key=f"{one.key}x")
         series[one.key] = one
@@ -109,8 +115,7 @@ def _is_incomplete(image: Slice) -> bool:
     """Whether it ought to be a slice, and cannot be put beside the others: its series then lacks one."""
     if _kind(image):
         return False
-    geometry = (image.position, image.axes, image.pixel_spacing)
-    return image.pixels is None or any(part is None or not np.isfinite(part).all() for part in geometry)
+    return image.pixels is None or not _is_placed(image)
 
 
 def _sure_differences(image: Slice) -> tuple[object, ...]:
@@ -145,7 +150,7 @@ def _separated(images: list[Slice]) -> list[list[Slice]]:
     Only where places repeat: many scanners number acquisitions or trigger times slice by slice. A stack
     without repetitions is split by acquisition alone, and only if that makes every part even.
     """
-    if not _is_placed(images):
+    if not all(map(_is_placed, images)):
         return [images]
     num_places, num_copies = _repetition(images)
     if num_copies == 1:
@@ -180,10 +185,9 @@ def _repetition(images: list[Slice]) -> tuple[int, int]:
     return len(places), copies
 
 
-def _is_placed(images: list[Slice]) -> bool:
+def _is_placed(image: Slice) -> bool:
     try:
-        for image in images:
-            check_plane(image, image.path)
+        check_plane(image, image.path)
     except PhotonError:
         return False
     return True
@@ -197,7 +201,7 @@ def _is_even(images: list[Slice]) -> bool:
     return True
 
 
-def _series(images: list[Slice], spoilt: Slice | None, folder: Path) -> Series:
+def _series(images: list[Slice], spoilt: Slice | None, folder: Path, notes: tuple[str, ...]) -> Series:
     first = images[0]
     modality = MODALITIES.get(first.modality)
     key = f"{modality or 'other'}-{first.series_number}-{_checksum(images)}"
@@ -208,7 +212,15 @@ def _series(images: list[Slice], spoilt: Slice | None, folder: Path) -> Series:
             stack = stacked([*images, spoilt] if spoilt else images, subject)
         except PhotonError as error:
             refusal = error
-    return Series(key=key, folder=folder, modality=modality, images=tuple(images), stack=stack, refusal=refusal)
+    return Series(
+        key=key,
+        folder=folder,
+        modality=modality,
+        images=tuple(images),
+        stack=stack,
+        refusal=refusal,
+        notes=notes,
+    )
 
 
 def _checksum(images: list[Slice]) -> str:
@@ -232,15 +244,14 @@ def _refusal(images: list[Slice], subject: Path) -> PhotonError | None:
             return PhotonError(image.fault.code, image.path, image.fault.fact, image.fault.remedy)
         pixels = image.pixels
         if pixels is None or pixels.samples != 1 or not pixels.photometric.startswith("MONOCHROME"):
-            fact = f"its pixels are colours ({pixels.photometric if pixels else 'unknown'})."
-            return PhotonError("SCAN_RGB", subject, fact, "Give the grey series, not a picture of it.")
+            return PhotonError(
+                "SCAN_RGB", subject, "its pixels are colours.", "Give the grey series, not a picture of it."
+            )
         try:
             check_pixels(pixels, image.path)
             scaling_of(image, subject)
         except PhotonError as error:
             return error
-    if first.series_uid == "":
-        return PhotonError("SCAN_UNREADABLE", first.path, "it does not say which series it belongs to.", GET_AGAIN)
     return None
 
 
@@ -252,5 +263,5 @@ def _kind(image: Slice) -> str:
         if image.sop_class_uid == prefix or image.sop_class_uid.startswith(prefix + "."):
             return kind
     if image.sop_class_uid not in _SCAN_CLASSES or image.modality not in MODALITIES:
-        return f"of the modality {image.modality[:16] or 'unknown'}"
+        return f"of the modality {image.modality if image.modality in _OTHER_MODALITIES else 'unknown'}"
     return ""

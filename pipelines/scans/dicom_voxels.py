@@ -17,6 +17,7 @@ from pipelines.scans.dicom_headers import Slice
 from pipelines.scans.dicom_pixels import pixel_bytes, scaling_of, stored_range, stored_values
 from pipelines.scans.dicom_series import Series
 
+_PET_UNITS = ("BQML", "CNTS", "PROPCNTS", "PROPCPS", "GML", "CM2ML", "NONE", "MGMINML", "UMOLMINML", "MLMINML")
 AIR_HU = -1000
 MAX_AIR_HU = -900
 """Padding above this is not trusted: tissue has such values."""
@@ -139,9 +140,10 @@ class _Builder:
         if first.image_type[:1] == ("DERIVED",):
             notes.append("derived from other images, not measured")
         if modality == "ct" and first.rescale_type not in ("", "HU"):
-            notes.append(f"its values are called {first.rescale_type[:16]}: taken as HU")
+            notes.append("its values are not called HU: taken as HU")
         if modality == "pt":
-            notes.append(f"its values are in {first.units[:16] or 'no stated unit'}, not converted to uptake (SUV)")
+            unit = first.units if first.units in _PET_UNITS else "no known unit"
+            notes.append(f"its values are in {unit}, not converted to uptake (SUV)")
         return tuple(notes)
 
     def _padding(self, whole: np.ndarray, values: np.ndarray, image: Slice) -> np.ndarray | None:
