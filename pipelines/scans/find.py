@@ -1,84 +1,266 @@
-"""Which scans a folder holds, and what they are called."""
+"""Which scans a folder or an archive holds, what they are called, and how to get at one."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import os
-from collections import Counter
+import tempfile
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 
 from photon.errors import PhotonError
-from pipelines.scans.scan import FORMAT_OF_ENDING, scan_ending
+from pipelines.scans.archives import Member, extract, is_archive_name, list_members
+from pipelines.scans.checks import MAX_VOXELS, Trust, unsupported
+from pipelines.scans.scan import DICOM_ENDINGS, FORMAT_OF_ENDING, Scan, data_file_name, read_scan, scan_ending
 
 MAX_NAME = 200
 
-OTHER_FORMATS = (".mha", ".mhd", ".nrrd", ".nhdr", ".mgz", ".mgh", ".hdr", ".mnc")
-"""Image files that are listed as refused; files of other endings are no scans and are passed over."""
+OTHER_FORMATS = (
+    *(".mgz", ".mgh", ".hdr", ".mnc", ".nii.bz2", ".nii.xz", ".nii.zst"),
+    *(".7z", ".rar", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst"),
+)
+"""Files that are listed as refused; files of other endings are no scans and are passed over."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """A scan found in a folder: a file, or a folder of DICOM slices."""
+    """A scan that was found: a file, a series of DICOM files, or one of these in an archive.
+
+    Args:
+        scan_id: unique among the sources found with it; a file name fit for any system.
+        path: the file, the folder of DICOM files, or the archive.
+        relative: where it lies below the folder that was searched, for people and tables; it names an archive's
+            member and a DICOM series, too.
+        member: path of the file, or of the folder of DICOM files, within the archive; None outside archives.
+        series: key of the DICOM series; empty for files.
+        sha256: of an archive's member where finding it took reading it.
+        refusal: why it cannot be read, where that is known already; :func:`located` raises it.
+    """
 
     scan_id: str
     path: Path
     relative: str
+    member: str | None = None
+    series: str = ""
+    sha256: str | None = None
+    refusal: PhotonError | None = None
 
 
 def find_scans(folder: Path) -> list[Source]:
-    """Every scan below ``folder``, sorted; hidden files and folders are passed over.
+    """Every scan below ``folder``, also in archives there, sorted; hidden files and folders are passed over.
 
-    The id is the file name without its ending; where two have the same, the path within ``folder`` with ``_``
-    for ``/``, and a checksum of it if that is not enough or the path is long.
+    The id of a file is its name without its ending; where two have the same (upper and lower case are not told
+    apart), the path within ``folder`` with ``_`` for ``/``, and a checksum of it if that is not enough or the
+    path is long. The id of a DICOM series is the key that its headers give it, whatever its files and folder are
+    called. An archive that is refused counts as one scan, which is refused.
+
+    Args:
+        folder: or an archive alone.
 
     Raises:
         PhotonError: ``INPUT_MISSING`` when the folder is not there, ``ARCHIVE_EMPTY`` when it holds no scan.
     """
-    if not folder.is_dir():
-        raise PhotonError("INPUT_MISSING", folder, "there is no such folder.", "Check the path.")
-    paths = sorted(_scan_paths(folder), key=lambda path: path.relative_to(folder).as_posix())
-    if not paths:
-        fact = "it holds no scan (.nii, .nii.gz)."
+    if folder.is_file() and is_archive_name(folder.name):
+        found = [dataclasses.replace(one, relative=one.relative or folder.name) for one in _in_archive(folder, "")]
+    elif folder.is_dir():
+        found = list(_in_folder(folder))
+    else:
+        raise PhotonError("INPUT_MISSING", folder, "there is no such folder or archive.", "Check the path.")
+    if not found:
+        fact = "it holds no scan (NIfTI, MetaImage, NRRD or DICOM, also in .tar, .tar.gz or .zip)."
         raise PhotonError("ARCHIVE_EMPTY", folder, fact, "Put scans into it or give another folder.")
-    names = {path: _names(path.relative_to(folder)) for path in paths}
-    level = dict.fromkeys(paths, 0)
-    while repeated := _repeated([names[path][level[path]] for path in paths]):
-        for path in paths:
-            if names[path][level[path]] in repeated:
-                level[path] += 1
-    return [
-        Source(scan_id=names[path][level[path]], path=path, relative=path.relative_to(folder).as_posix())
-        for path in paths
-    ]
+    return _named(sorted(found, key=lambda source: source.relative))
+
+
+@contextmanager
+def located(source: Source) -> Iterator[Path]:
+    """A local file, or folder of DICOM files, that holds a source; what an archive holds is unpacked for as long.
+
+    Raises:
+        PhotonError: the source's refusal; as :func:`pipelines.scans.archives.extract`. Errors raised while it is
+            in use name the archive and member in place of the temporary file.
+    """
+    if source.refusal is not None:
+        raise source.refusal
+    if source.member is None:
+        yield source.path
+        return
+    with tempfile.TemporaryDirectory(prefix="photon-") as folder:
+        try:
+            yield _unpacked(source, source.member, Path(folder))
+        except PhotonError as error:
+            if error.code == "OUTPUT_UNWRITABLE":
+                raise
+            raise _about_member(error, folder, source.path / source.member) from error
+
+
+def read_source(
+    source: Source, *, max_voxels: int = MAX_VOXELS, trust: Trust | None = None, is_labels: bool = False
+) -> Scan:
+    """Read a source, wherever it lies.
+
+    Raises:
+        PhotonError: as :func:`located` and :func:`pipelines.scans.scan.read_scan`.
+    """
+    with located(source) as path:
+        return read_scan(path, series=source.series, max_voxels=max_voxels, trust=trust, is_labels=is_labels)
 
 
 def scan_id_of(path: Path) -> str:
-    """File name without ``.nii`` or ``.nii.gz``."""
-    name = path.name
-    for ending in (".gz", ".nii"):
-        if name.lower().endswith(ending):
-            name = name[: -len(ending)]
-    return name
+    """File name without the ending of its format."""
+    ending = scan_ending(path)
+    return path.name[: -len(ending)] if ending in FORMAT_OF_ENDING else path.name
 
 
-def _scan_paths(folder: Path) -> Iterator[Path]:
-    """Scan files below a folder, and folders that hold DICOM slices."""
+def _in_folder(folder: Path) -> Iterator[Source]:
+    """Sources without ids."""
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = [Path(parent) / name for name in files if not name.startswith(".")]
-        if any(path.suffix.lower() in (".dcm", ".ima") for path in paths):
-            yield Path(parent)
-        yield from (
-            path for path in paths if scan_ending(path) in FORMAT_OF_ENDING or path.suffix.lower() in OTHER_FORMATS
+        paths = [Path(parent) / name for name in sorted(files) if not name.startswith(".")]
+        relative = Path(parent).relative_to(folder)
+        if any(_is_dicom(path.name, path) for path in paths):
+            yield from _series(Path(parent), relative.as_posix())
+        for path in paths:
+            name = (relative / path.name).as_posix()
+            if is_archive_name(path.name):
+                yield from _in_archive(path, name)
+            elif _is_scan(path.name):
+                yield Source(scan_id="", path=path, relative=name, refusal=_refusal(path))
+
+
+def _in_archive(path: Path, relative: str) -> list[Source]:
+    """Sources without ids; a refused archive is one of them."""
+    try:
+        members = list_members(path)
+        sources = list(_of_members(path, relative, members))
+        if not sources:
+            raise PhotonError("ARCHIVE_EMPTY", path, "the archive holds no scan.", "Put scans into it.")
+    except PhotonError as error:
+        return [Source(scan_id="", path=path, relative=relative, refusal=error)]
+    return sources
+
+
+def _of_members(path: Path, relative: str, members: list[Member]) -> Iterator[Source]:
+    dicom: dict[str, list[Member]] = defaultdict(list)
+    for member in members:
+        inner = PurePosixPath(member.name)
+        if any(part.startswith(".") or part == "__MACOSX" for part in inner.parts):
+            continue
+        source = Source(
+            scan_id="",
+            path=path,
+            relative=f"{relative}/{inner}".lstrip("/"),
+            member=member.name,
+            sha256=member.sha256,
+        )
+        if is_archive_name(inner.name):
+            fact = f"it holds an archive, '{inner}'; archives in archives are not opened."
+            refusal = PhotonError("ARCHIVE_NESTED", path, fact, "Unpack the outer one, and give the folder.")
+            yield dataclasses.replace(source, refusal=refusal)
+        elif _is_scan(inner.name):
+            yield dataclasses.replace(source, refusal=_refusal(path / inner))
+        elif _is_dicom(inner.name, member.start):
+            dicom[inner.parent.as_posix()].append(member)
+    for folder in sorted(dicom):
+        with tempfile.TemporaryDirectory(prefix="photon-") as temporary:
+            _unpack_files(path, dicom[folder], Path(temporary))
+            found = list(_series(Path(temporary), f"{relative}/{folder}".strip("/")))
+        for one in found:
+            told = one.refusal and _about_member(one.refusal, temporary, path / folder)
+            yield dataclasses.replace(one, path=path, member=folder, refusal=told)
+
+
+def _series(folder: Path, relative: str) -> Iterator[Source]:
+    from pipelines.scans.dicom import list_series
+
+    for series in list_series(folder):
+        yield Source(
+            scan_id="",
+            path=folder,
+            relative=series.key if relative == "." else f"{relative}/{series.key}",
+            series=series.key,
+            refusal=series.refusal,
         )
 
 
-def _names(relative: Path) -> tuple[str, str, str]:
+def _is_scan(name: str) -> bool:
+    return scan_ending(Path(name)) in FORMAT_OF_ENDING or name.lower().endswith(OTHER_FORMATS)
+
+
+def _refusal(path: Path) -> PhotonError | None:
+    if scan_ending(path) in FORMAT_OF_ENDING:
+        return None
+    return unsupported(path, f"{path.suffix} files are not read.")
+
+
+def _about_member(error: PhotonError, temporary: str, name: Path) -> PhotonError:
+    """The same error, not about a temporary file but about what it was unpacked from."""
+    if not error.subject.startswith(temporary):
+        return error
+    return PhotonError(error.code, name, error.fact, error.remedy)
+
+
+def _is_dicom(name: str, content: Path | bytes) -> bool:
+    """DICOM files have an ending of their own, or none, or one of their UID's numbers."""
+    ending = Path(name).suffix.lower()
+    if ending in DICOM_ENDINGS:
+        return True
+    if ending and not ending[1:].isdigit():
+        return False
+    try:
+        start = content if isinstance(content, bytes) else _start(content)
+    except OSError:
+        return False
+    return start[128:132] == b"DICM"
+
+
+def _start(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return stream.read(132)
+
+
+def _unpacked(source: Source, member: str, folder: Path) -> Path:
+    """Take a member out of its archive into files whose names are ours."""
+    if source.series:
+        inside = [one for one in list_members(source.path) if PurePosixPath(one.name).parent.as_posix() == member]
+        _unpack_files(source.path, [one for one in inside if _is_dicom(one.name, one.start)], folder)
+        return folder
+    path = folder / f"scan{scan_ending(Path(member))}"
+    extract(source.path, {member: path}, {member: source.sha256})
+    name = data_file_name(path)
+    if name is not None:
+        if "/" in name or "\\" in name or name in ("", ".", "..", path.name):
+            raise unsupported(path, f"its voxels are in {name!r}, which is not a file beside it.")
+        extract(source.path, {(PurePosixPath(member).parent / name).as_posix(): folder / name}, {})
+    return path
+
+
+def _unpack_files(path: Path, members: list[Member], folder: Path) -> None:
+    targets = {member.name: folder / f"{number:06d}.dcm" for number, member in enumerate(members)}
+    extract(path, targets, {member.name: member.sha256 for member in members})
+
+
+def _named(sources: list[Source]) -> list[Source]:
+    """The same sources, with ids."""
+    names = [_names(source) for source in sources]
+    level = [0] * len(sources)
+    while repeated := _repeated([names[n][level[n]] for n in range(len(sources))]):
+        for n in range(len(sources)):
+            if names[n][level[n]].casefold() in repeated:
+                level[n] += 1
+    return [dataclasses.replace(source, scan_id=names[n][level[n]]) for n, source in enumerate(sources)]
+
+
+def _names(source: Source) -> tuple[str, str, str]:
     """Candidates for a scan's id, each longer and rarer than the one before; the last is unique."""
-    whole = relative.as_posix().replace("/", "_")
-    digest = hashlib.sha256(relative.as_posix().encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    relative = Path(source.relative)
+    whole = source.relative.replace("/", "_")
+    digest = hashlib.sha256(source.relative.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    if source.series:
+        return source.series, f"{source.series}-{digest}", f"{source.series}-{digest}"
     unique = f"{whole[:40]}-{digest}"
     if len(os.fsencode(whole)) > MAX_NAME:
         return unique, unique, unique
@@ -86,4 +268,4 @@ def _names(relative: Path) -> tuple[str, str, str]:
 
 
 def _repeated(names: list[str]) -> set[str]:
-    return {name for name, count in Counter(names).items() if count > 1}
+    return {name for name, count in Counter(name.casefold() for name in names).items() if count > 1}

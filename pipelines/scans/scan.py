@@ -24,6 +24,8 @@ FORMAT_OF_ENDING: dict[str, Format] = {
 }
 """Endings of files that hold one scan each."""
 
+DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
+
 _NIFTI_STARTS = tuple(size.to_bytes(4, order) for size in (348, 540) for order in ("little", "big"))  # type: ignore[arg-type]
 _METAIMAGE_START = re.compile(rb"\s*(ObjectType|NDims|Comment)\s*=")
 
@@ -74,13 +76,22 @@ def make_scan(
     )
 
 
-def read_scan(path: Path, *, max_voxels: int = MAX_VOXELS, trust: Trust | None = None, is_labels: bool = False) -> Scan:
-    """Read a scan file and prove that it is whole and makes sense.
+def read_scan(
+    path: Path,
+    *,
+    series: str = "",
+    max_voxels: int = MAX_VOXELS,
+    trust: Trust | None = None,
+    is_labels: bool = False,
+) -> Scan:
+    """Read a scan and prove that it is whole and makes sense.
 
     What the file holds decides how it is read; its name, where the content is of no known format.
 
     Args:
-        path: NIfTI (``.nii``, ``.nii.gz``), MetaImage (``.mha``, ``.mhd``) or NRRD (``.nrrd``, ``.nhdr``).
+        path: NIfTI (``.nii``, ``.nii.gz``), MetaImage (``.mha``, ``.mhd``) or NRRD (``.nrrd``, ``.nhdr``); or a
+            folder of DICOM files.
+        series: key of the DICOM series that is wanted; needed where the folder holds several.
         max_voxels: a file that declares more is refused before memory is taken.
         trust: for NIfTI whose matrix and voxel spacing differ by more than 1 %: which of them counts; None
             refuses such files.
@@ -90,13 +101,16 @@ def read_scan(path: Path, *, max_voxels: int = MAX_VOXELS, trust: Trust | None =
         PhotonError: ``SCAN_MISSING``, ``FORMAT_UNSUPPORTED``, ``SCAN_UNREADABLE``, ``GZIP_CORRUPT``,
             ``SCAN_TRUNCATED``, ``SCAN_TRAILING_DATA``, ``SCAN_TOO_LARGE``, ``SCAN_NOT_3D``, ``SCAN_RGB``,
             ``SPACING_INVALID``, ``SPACING_CONFLICT``, ``AFFINE_INVALID``, ``SCALING_INVALID``,
-            ``VOXELS_NOT_FINITE``, ``SCAN_CONSTANT`` or ``DATA_FILE_OUTSIDE``.
+            ``VOXELS_NOT_FINITE``, ``SCAN_CONSTANT`` or ``DATA_FILE_OUTSIDE``; for a folder ``SERIES_AMBIGUOUS`` and
+            what :func:`pipelines.scans.dicom.read_series` raises.
     """
     # A format's library is imported when the first file of that format is read.
     if not path.exists():
         raise PhotonError("SCAN_MISSING", path, "the file does not exist.", "Check the path.")
+    if path.is_dir():
+        return _read_series(path, series, max_voxels)
     if not path.is_file():
-        raise unsupported(path, f"it is {'a folder' if path.is_dir() else 'no file'}, not a scan file.")
+        raise unsupported(path, "it is neither a file nor a folder.")
     by_name, by_content = FORMAT_OF_ENDING.get(scan_ending(path)), _format_of_content(path)
     kind = by_content or by_name
     if kind == "nifti":
@@ -112,16 +126,50 @@ def read_scan(path: Path, *, max_voxels: int = MAX_VOXELS, trust: Trust | None =
 
         scan = read_nrrd(path, max_voxels=max_voxels, is_labels=is_labels)
     else:
-        raise unsupported(path, f"it is a {path.suffix or 'nameless'} file; NIfTI, MetaImage and NRRD are read.")
+        raise unsupported(
+            path, f"it is a {path.suffix or 'nameless'} file; NIfTI, MetaImage, NRRD and folders of DICOM are."
+        )
     if kind == by_name:
         return scan
     return dataclasses.replace(scan, notes=(*scan.notes, f"the file is {kind}, other than its name says"))
+
+
+def data_file_name(path: Path) -> str | None:
+    """The file that the header in ``path`` says its voxels are in; None where they are in ``path`` itself.
+
+    Raises:
+        PhotonError: ``SCAN_UNREADABLE`` or ``SCAN_TRUNCATED``.
+    """
+    kind = _format_of_content(path)
+    if kind == "metaimage":
+        from pipelines.scans import metaimage
+
+        return metaimage.data_file_name(path)
+    if kind == "nrrd":
+        from pipelines.scans import nrrd
+
+        return nrrd.data_file_name(path)
+    return None
 
 
 def scan_ending(path: Path) -> str:
     """The ending of a file name in lower case; ``.nii.gz`` counts as one."""
     name = path.name.lower()
     return ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
+
+
+def _read_series(folder: Path, key: str, max_voxels: int) -> Scan:
+    from pipelines.scans.dicom import list_series, read_series
+
+    found = list_series(folder)
+    chosen = [series for series in found if key in ("", series.key)]
+    if not chosen:
+        fact = f"it holds no DICOM series {key}." if found else "it is a folder without DICOM files."
+        raise PhotonError("SCAN_MISSING", folder, fact, "Check the path.")
+    if len(chosen) > 1:
+        keys = ", ".join(series.key for series in chosen)
+        raise PhotonError("SERIES_AMBIGUOUS", folder, f"it holds {len(chosen)} series: {keys}.", "Name one of them.")
+    return read_series(chosen[0], max_voxels)
 
 
 def _format_of_content(path: Path) -> Format | None:
