@@ -61,13 +61,12 @@ class Chat:
     def scan_files(self, folder: Path, wanted: frozenset[str], options: ImportOptions) -> Iterator[ScanFile | Refusal]:
         """Scans by the paths that the rows name: as they are, below the folder, or below the images folder."""
         images = options.images or folder
-        below = {_scan_name(path.relative_to(images).as_posix())[0]: path for path in files_below(images, *_ENDINGS)}
         by_name: dict[str, list[Path]] = {}
-        for path in below.values():
-            by_name.setdefault(scan_id_of(path), []).append(path)
+        for path in files_below(images, *_ENDINGS):
+            by_name.setdefault(_scan_name(path.relative_to(images).as_posix())[0], []).append(path)
         for scan_id, named in sorted(_named_paths(self, folder, options, wanted).items()):
             candidates = [path for path in (Path(named), folder / named, images / named) if path.is_file()]
-            same_name = by_name.get(scan_id_of(Path(named)), [])
+            same_name = by_name.get(scan_id, [])
             if candidates or len(same_name) == 1:
                 yield ScanFile(scan_id=scan_id, path=(candidates or same_name)[0])
             elif same_name:
