@@ -118,7 +118,7 @@ def _along_axes(
     (z, z_weight, z_range), y, x = (
         in_array_direction(tap, size, flip) for tap, size, flip in zip(taps, frame.shape, frame.is_flipped, strict=True)
     )
-    x = (np.ascontiguousarray(x[0].T, np.int32), *x[1:])
+    x = (np.ascontiguousarray(x[0].T), *x[1:])
     out[: z_range[0]] = out[z_range[1] :] = np.int16(limits[2])
     if steps[2] == 1:
         planes = slice(*z_range)

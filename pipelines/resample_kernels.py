@@ -53,7 +53,7 @@ def linear_rows(
         steps: int64 [2], of Z and Y.
         z: int64 [planes, 2], the two scan planes of each plane of `out`.
         z_weight: float32 [planes], weight of the second one.
-        y: int64 [N, 2]; x: int32 [2, N]; with float32 [N] weights as for Z.
+        y: int64 [N, 2]; x: int64 [2, N]; with float32 [N] weights as for Z.
         y_range: int64 [2], from where up to where the grid is inside the scan; also `x_range`.
         mapping: float32 [3]: values become (value - mapping[0]) * mapping[1] + mapping[2].
         limits: float32 [3]: lowest and highest value, and what stands outside the scan.
@@ -69,7 +69,9 @@ def linear_rows(
     x_weight = x_weight[begin:end]
     start = min(left.min(), right.min())
     size = max(left.max(), right.max()) + 1 - start
-    left, right = left - start, right - start
+    # Indices without a sign need no test for negative ones.
+    left, right = (left - start).astype(np.uint64), (right - start).astype(np.uint64)
+    read = np.empty(end - begin, np.float32)
     lines = np.empty((2, size), np.float32)
     line = np.empty(size, np.float32)
     held = np.empty(2, np.int64)
@@ -96,11 +98,12 @@ def linear_rows(
             target_row = out[plane, row]
             target_row[:begin] = pad
             target_row[end:] = pad
-            inside = target_row[begin:end]
             for n in range(end - begin):
                 value = line[left[n]]
-                value = value + (line[right[n]] - value) * x_weight[n]
-                value = (value - first) * scale + add
+                read[n] = value + (line[right[n]] - value) * x_weight[n]
+            inside = target_row[begin:end]
+            for n in range(end - begin):
+                value = (read[n] - first) * scale + add
                 value = min(max(value, low), high)
                 inside[n] = np.int16(np.int32(np.rint(value)))
 
@@ -130,9 +133,9 @@ def _face(
     flat: np.ndarray, at: int, j_step: int, k_step: int, j_weight: np.float32, k_weight: np.float32
 ) -> np.float32:
     """Between four values, the last axis first."""
-    near, far = np.float32(flat[at]), np.float32(flat[at + j_step])
-    near = near + (np.float32(flat[at + k_step]) - near) * k_weight
-    far = far + (np.float32(flat[at + j_step + k_step]) - far) * k_weight
+    near, far = np.float32(flat[np.uint64(at)]), np.float32(flat[np.uint64(at + j_step)])
+    near = near + (np.float32(flat[np.uint64(at + k_step)]) - near) * k_weight
+    far = far + (np.float32(flat[np.uint64(at + j_step + k_step)]) - far) * k_weight
     return near + (far - near) * j_weight
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ MODALITIES = ("ct", "mr", "pt")
 MR_PERCENTILES = (0.5, 99.5)
 METADATA_KEY = "photon"
 DIGEST_BYTES = 32
+BLOCK_VALUES = 1 << 19
 MAKE_AGAIN = "Run `photon preprocess` again."
 
 
@@ -92,8 +95,8 @@ def resample(scan: Scan, spec: VolumeSpec, modality: str = "auto") -> Volume:
             "orientation": scan.orientation,
             "modality": kind,
             "modality_source": source,
-            "min_hu": round(float(scan.array.min()), 3),
-            "max_hu": round(float(scan.array.max()), 3),
+            "min_hu": round(min(float(block.min()) for block in _blocks(scan.array)), 3),
+            "max_hu": round(max(float(block.max()) for block in _blocks(scan.array)), 3),
             "notes": notes,
         },
     )
@@ -119,7 +122,8 @@ def _frame(scan: Scan, spec: VolumeSpec, kind: str, notes: list[str]) -> Frame:
 
 def infer_modality(array: np.ndarray) -> str:
     """``ct`` when at least 2 % of the values are below -20, as fat and air are in HU, else ``mr``."""
-    return "ct" if np.count_nonzero(array < DARK_HU) >= DARK_FRACTION * array.size else "mr"
+    num_dark = sum(np.count_nonzero(block < DARK_HU) for block in _blocks(array))
+    return "ct" if num_dark >= DARK_FRACTION * array.size else "mr"
 
 
 def resample_labels(path: Path, spec: VolumeSpec, volume_affine: np.ndarray | None = None) -> np.ndarray:
@@ -163,7 +167,10 @@ def write_volume(volume: Volume, path: Path) -> str:
 
     The file is a safetensors file of compressed slabs; its last 32 bytes are the sha256 of all before them.
     """
-    digest = voxels_sha256(volume)
+    with ThreadPoolExecutor(1) as beside:  # neither holds the interpreter's lock
+        hashed = beside.submit(voxels_sha256, volume)
+        packed = pack(volume.voxels)
+    digest = hashed.result()
     # One key alone: safetensors writes several metadata keys in random order.
     text = json.dumps(
         {
@@ -176,7 +183,7 @@ def write_volume(volume: Volume, path: Path) -> str:
         sort_keys=True,
         allow_nan=False,
     )
-    slabs = {f"slab{number:04d}": np.frombuffer(slab, np.uint8) for number, slab in enumerate(pack(volume.voxels))}
+    slabs = {f"slab{number:04d}": np.frombuffer(slab, np.uint8) for number, slab in enumerate(packed)}
     # Tensors of one type are laid out by name: this one comes last.
     tensors = {**slabs, "whole_sha256": np.zeros(DIGEST_BYTES, np.uint8)}
     content = memoryview(save_safetensors(tensors, {METADATA_KEY: text}))[:-DIGEST_BYTES]
@@ -253,11 +260,9 @@ def percentiles(array: np.ndarray) -> tuple[float, float]:
     if array.dtype != np.int16:
         first, last = np.percentile(array, MR_PERCENTILES)
         return float(first), float(last)
-    # Counted in pieces: bincount works on a copy in int64.
-    flat = array.reshape(-1, order="A" if array.flags.f_contiguous else "C").view(np.uint16)
     counts = np.zeros(1 << 16, np.int64)
-    for start in range(0, flat.size, 1 << 20):
-        counts += np.bincount(flat[start : start + (1 << 20)], minlength=1 << 16)
+    for block in _blocks(array):
+        counts += np.bincount(block.view(np.uint16), minlength=1 << 16)
     below = np.cumsum(np.roll(counts, 1 << 15))  # -32768 first
     found = []
     for percent in MR_PERCENTILES:
@@ -267,3 +272,9 @@ def percentiles(array: np.ndarray) -> tuple[float, float]:
         # As numpy interpolates, from the nearer end.
         found.append(low + (high - low) * share if share < 0.5 else high - (high - low) * (1 - share))
     return found[0], found[1]
+
+
+def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
+    """All values of an array, in pieces [n] that stay in the processor's cache while they are worked on."""
+    flat = array.reshape(-1, order="A" if array.flags.f_contiguous else "C")
+    return (flat[start : start + BLOCK_VALUES] for start in range(0, flat.size, BLOCK_VALUES))

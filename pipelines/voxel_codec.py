@@ -1,8 +1,8 @@
 """Voxels of a volume as compressed slabs: the only module that knows blosc2.
 
-A slab is 14 planes, the depth of a patch. Bytes are shuffled (all low bytes, then all high bytes) and packed by LZ4;
-the choice is from measurement (docs/decisions.md). Number of threads and size of blocks are fixed, so that the same
-voxels give the same bytes on every machine. The library is loaded when the first volume is.
+A slab is 14 planes, the depth of a patch. Bits are shuffled (all lowest bits first) and packed by LZ4; the choice is
+from measurement (docs/decisions.md). Number of threads and size of blocks are fixed, so that the same voxels give the
+same bytes on every machine. The library is loaded when the first volume is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from pipelines.grids import PATCH
 
 LEVEL = 5
-BLOCK_BYTES = 1 << 16
+BLOCK_BYTES = 1 << 17
 
 
 def pack(voxels: np.ndarray) -> list[bytes]:
@@ -28,7 +28,7 @@ def pack(voxels: np.ndarray) -> list[bytes]:
             typesize=2,
             codec=blosc2.Codec.LZ4,
             clevel=LEVEL,
-            filters=[blosc2.Filter.SHUFFLE],
+            filters=[blosc2.Filter.BITSHUFFLE],
             blocksize=BLOCK_BYTES,
             nthreads=1,
         )
