@@ -225,3 +225,25 @@ def report(
     from pipelines.report import build_report
 
     show_results(report=build_report(run, data))
+
+
+@command
+def contact_sheet(
+    volumes: Annotated[Path, typer.Option(help="Folder that `photon preprocess` filled.")],
+    output: Annotated[Path, typer.Option(help="HTML file; further pages lie beside it.")] = Path("out/scans.html"),
+) -> None:
+    """Show every scan of a folder of volumes: three planes, grid, notes; and the refused ones with the reason.
+
+    Writes HTML pages that need no other file, at most 200 scans each.
+
+    Example: `photon contact-sheet --volumes data/volumes --output out/scans.html`
+    """
+    from pipelines.contact_sheet import write_contact_sheet
+
+    with show_progress("contact-sheet") as on_progress:
+        record = write_contact_sheet(volumes, output, on_progress=on_progress)
+    show_results(
+        pages=f"{record.pages[0]}" + (f" and {len(record.pages) - 1} more" if len(record.pages) > 1 else ""),
+        shown=record.num_shown,
+        refused=record.num_refused,
+    )

@@ -42,7 +42,8 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
         settings.apply()
         return function(*args, **kwargs)
 
-    run.__name__ = function.__name__.rstrip("_")  # `import_`, as `import` is a word of Python's own
+    # As it is typed: `contact-sheet`, and `import`, which is a word of Python's own.
+    run.__name__ = function.__name__.rstrip("_").replace("_", "-")
     COMMANDS.append(run)
     return run
 

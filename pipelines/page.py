@@ -68,6 +68,25 @@ figcaption { font-size: 13.5px; margin-top: 7px; line-height: 1.45; }
 figcaption strong { color: var(--ink); font-weight: 600; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(440px, 1fr)); gap: 0 22px; }
 .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 0 18px; }
+.scans { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 18px 20px; margin: 14px 0; }
+.scan {
+  margin: 0; padding: 8px; background: var(--panel); border: 1px solid var(--line); border-radius: 8px; min-width: 0;
+}
+.scan.noted { border-left: 4px solid #d9a22b; } .scan.refused { border-left: 4px solid var(--warn); }
+.scan figcaption { font-size: 12.5px; line-height: 1.4; overflow-wrap: anywhere; }
+.scan ul { margin: 3px 0 0; padding-left: 16px; color: var(--warn); }
+.planes { display: flex; gap: 4px; align-items: center; }
+.plane { position: relative; background: #000; overflow: hidden; min-width: 0; }
+.plane img, .plane i { position: absolute; inset: 0; width: 100%; height: 100%; border-radius: 0; }
+.plane i {
+  background-position: center; background-image:
+    linear-gradient(to right, transparent calc(50% - .5px), rgba(255, 214, 90, .22) 0 calc(50% + .5px), transparent 0),
+    linear-gradient(to bottom, transparent calc(50% - .5px), rgba(255, 214, 90, .22) 0 calc(50% + .5px), transparent 0);
+}
+.plane b { position: absolute; font: 600 10px/1 system-ui, sans-serif; color: #ffd65a; text-shadow: 0 0 2px #000; }
+.plane .top { top: 2px; left: 50%; translate: -50%; } .plane .bottom { bottom: 2px; left: 50%; translate: -50%; }
+.plane .left { left: 2px; top: 50%; translate: 0 -50%; } .plane .right { right: 2px; top: 50%; translate: 0 -50%; }
+.pages a, .pages strong { white-space: nowrap; }
 .swatch { display: inline-block; width: .8em; height: .8em; border: 2px solid; margin: 0 .3em -.05em .1em; }
 .right { color: #2e8b57; } .wrong { color: var(--warn); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 22px; font-size: 14px; margin: 14px 0; }

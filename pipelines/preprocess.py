@@ -43,7 +43,7 @@ def preprocess(
     run_jobs: Runner | None = None,
     is_pruning: bool = False,
 ) -> PreprocessRecord:
-    """Turn every scan below ``input`` into ``output/<scan_id>.safetensors`` and list them in
+    """Turn every scan below ``input``, a folder or an archive, into ``output/<scan_id>.safetensors`` and list them in
     ``output/manifest.parquet``.
 
     Scans whose source, spec and modality are unchanged and whose volume is whole are not done again; after a run that
@@ -151,7 +151,7 @@ def _run_here(jobs: Sequence[ScanJob]) -> Iterator[tuple[ScanJob, Outcome | None
 
 def _num_bytes(path: Path) -> int:
     try:
-        files = path.rglob("*") if path.is_dir() else (path,)
+        files = path.iterdir() if path.is_dir() else (path,)
         return sum(file.stat().st_size for file in files)
     except OSError:
         return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import traceback
 from pathlib import Path
@@ -12,7 +11,7 @@ from photon.errors import PhotonError
 from pipelines.claims import claim
 from pipelines.files import file_digest
 from pipelines.scans.checks import Trust
-from pipelines.scans.find import Source
+from pipelines.scans.find import Source, located
 from pipelines.scans.scan import Scan, read_scan
 from pipelines.source_index import Known, signature_of
 from pipelines.volumes import VolumeRecord, VolumeSpec, read_volume_record, resample, write_volume
@@ -79,13 +78,14 @@ def do_scan(job: ScanJob) -> Outcome:
             return _refused(job, *known.refusal[:2], known=known)
         try:
             return _do(job, signature, known)
-        except PhotonError as error:
-            if error.code == "OUTPUT_UNWRITABLE":
-                raise
-            learned, message = None, f"{error.fact} {error.remedy}"
-            if signature and not _maybe_detached(job.source.path) and error.code not in NOT_ITS_OWN_FAULT:
-                learned = Known(signature=signature, refusal=(error.code, message, job.settings))
-            return _refused(job, error.code, message, known=learned)
+        except Exception as error:  # one scan must not cost the archive
+            told = _told(error, job)
+            if told.code == "OUTPUT_UNWRITABLE":
+                raise told from error
+        learned, message = None, f"{told.fact} {told.remedy}"
+        if signature and not _maybe_detached(job.source.path) and told.code not in NOT_ITS_OWN_FAULT:
+            learned = Known(signature=signature, refusal=(told.code, message, job.settings))
+        return _refused(job, told.code, message, known=learned)
 
 
 def refused_row(job: ScanJob, code: str, message: str) -> dict[str, Any]:
@@ -103,13 +103,14 @@ def _row(job: ScanJob) -> dict[str, Any]:
 
 def _do(job: ScanJob, signature: str | None, known: Known | None) -> Outcome:
     earlier = _earlier_volume(job)
-    if earlier and known and known.sha256 == earlier.metadata["source_sha256"]:
+    sha256 = known.sha256 if known else job.source.sha256
+    if earlier and sha256 and sha256 == earlier.metadata["source_sha256"]:
         return _done(job, "unchanged", earlier, signature)
-    with contextlib.nullcontext(job.source.path) as path:
+    with located(job.source) as path:
         # The hash of a scan of several files is another than that of the file that is named.
         if earlier and path.is_file() and file_digest(path) == earlier.metadata["source_sha256"]:
             return _done(job, "unchanged", earlier, signature)
-        scan = _read(path, job.trust)
+        scan = read_scan(path, series=job.source.series, trust=job.trust)
     if _maybe_detached(job.source.path):
         signature = None
     if earlier and scan.sha256 == earlier.metadata["source_sha256"]:
@@ -139,30 +140,23 @@ def _maybe_detached(path: Path) -> bool:
     return path.suffix.lower() in MAYBE_DETACHED
 
 
-def _read(path: Path, trust: Trust | None) -> Scan:
-    """Read a scan; a fault of a reader costs this scan alone.
+def _told(error: Exception, job: ScanJob) -> PhotonError:
+    """What is wrong, with a code.
 
-    What such a fault says may quote the file's header, so only its kind and its place in the code are told.
+    Of a fault that nobody foresaw only kind and place are told: its words may quote a header.
     """
-    try:
-        return read_scan(path, trust=trust)
-    except PhotonError:
-        raise
-    except MemoryError as error:
+    if isinstance(error, PhotonError):
+        return error
+    if isinstance(error, MemoryError):
         fact = "there is not enough memory for it."
-        raise PhotonError("SCAN_TOO_LARGE", path, fact, "Crop it or use a larger machine.") from error
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        fact = f"its reader failed ({type(error).__name__} in {Path(place.filename).name}, line {place.lineno})."
-        raise PhotonError("SCAN_FAULT", path, fact, "Convert it to .nii.gz, and report the fault.") from error
+        return PhotonError("SCAN_TOO_LARGE", job.source.path, fact, "Crop it or use a larger machine.")
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    fact = f"its reader failed ({type(error).__name__} in {Path(place.filename).name}, line {place.lineno})."
+    return PhotonError("SCAN_FAULT", job.source.path, fact, "Convert it to .nii.gz, and report the fault.")
 
 
 def _make_volume(job: ScanJob, scan: Scan) -> VolumeRecord:
-    try:
-        volume = resample(scan, job.spec, job.modality)
-    except MemoryError as error:
-        fact = "there is not enough memory for it."
-        raise PhotonError("SCAN_TOO_LARGE", scan.path, fact, "Crop it or use a larger machine.") from error
+    volume = resample(scan, job.spec, job.modality)
     if job.trust:  # only then: volumes made without it keep their bytes
         volume = dataclasses.replace(volume, metadata=volume.metadata | {"trust": job.trust})
     try:

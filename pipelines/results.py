@@ -54,8 +54,8 @@ class DataRecord(Record):
 class PreprocessRecord(Record):
     """What `preprocess` made of a folder of scans.
 
-    `num_new` volumes were made by this run, `num_unchanged` were whole and up to date. `removed` lists scans of the last
-    manifest that are gone. `num_without_row` volumes lie in the folder although no row names them.
+    `num_new` volumes were made by this run, `num_unchanged` were whole and up to date. `removed` lists scans of the
+    last manifest that are gone. `num_without_row` volumes lie in the folder although no row names them.
     """
 
     folder: str
@@ -69,6 +69,15 @@ class PreprocessRecord(Record):
     num_unchanged: int
     removed: list[str]
     num_without_row: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContactSheetRecord(Record):
+    """Pages that show the scans of a folder of volumes."""
+
+    pages: list[str]
+    num_shown: int
+    num_refused: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,7 +166,7 @@ class ImportRecord(Record):
     """What `photon import` made of a public dataset.
 
     Counts of questions are of this dataset alone, after `num_dropped` (of all datasets in the folder) were left out
-    because of leaks. Scans asked about are ok, refused when they were read, or missing: without a file, or without a
+    because of leaks. Scans asked about (0 when none were looked for) are ok, refused when they were read, or missing: without a file, or without a
     known header. `num_leaks` counts what is both learnt and tested, in all questions of the folder.
     """
 

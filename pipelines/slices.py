@@ -57,6 +57,7 @@ def make_planes(
     kept: BoolArray | None = None,
     organ: BoolArray | None = None,
     window_hu: tuple[float, float] | None = None,
+    pixels_per_plane: int = PIXELS_PER_PLANE,
 ) -> list[Plane]:
     """Axial, coronal and sagittal slices through one voxel.
 
@@ -67,6 +68,7 @@ def make_planes(
         kept: bool [N]; kept tokens are tinted and outlined, the others dimmed. None: all are shown alike.
         organ: bool [Z, Y, X] to outline in a second colour.
         window_hu: values shown as black and as white; default :func:`display_window`.
+        pixels_per_plane: planes are enlarged by a whole factor to about this many pixels.
 
     Raises:
         PhotonError: ``GRID_INVALID`` when tokens are given and the volume is not a whole number of token
@@ -84,7 +86,8 @@ def make_planes(
     planes = []
     for name, cut, (row_mm, column_mm), sides in cuts:
         grey = np.clip((voxels[cut].astype(np.float32) - low) / (high - low), 0, 1)
-        pixels = _paint(grey, None if shown is None else shown[cut], None if organ is None else organ[cut])
+        factor = max(1, round(pixels_per_plane / max(grey.shape)))
+        pixels = _paint(grey, factor, None if shown is None else shown[cut], None if organ is None else organ[cut])
         height, width = grey.shape
         planes.append(
             Plane(name=name, pixels=pixels, height_mm=height * row_mm, width_mm=width * column_mm, sides=sides)
@@ -112,9 +115,8 @@ def middle_of(mask: BoolArray) -> Index:
     return (z, y, x)
 
 
-def _paint(grey: Pixels, kept: BoolArray | None, organ: BoolArray | None) -> Pixels:
+def _paint(grey: Pixels, factor: int, kept: BoolArray | None, organ: BoolArray | None) -> Pixels:
     """Grey [H, W] enlarged to RGB with kept boxes tinted and outlined and the organ outlined."""
-    factor = max(1, round(PIXELS_PER_PLANE / max(grey.shape)))
     large = _enlarge(grey, factor)
     pixels = np.repeat(large[..., None], 3, axis=2)
     if kept is not None:

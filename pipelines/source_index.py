@@ -93,7 +93,7 @@ def signature_of(path: Path) -> str | None:
     files = [path]
     try:
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file())
+            files = sorted(file for file in path.iterdir() if file.is_file())
         stats = [file.stat() for file in files]
     except OSError:
         return None

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -202,6 +203,32 @@ def test_unchanged_sources_are_not_read_again(tmp_path: Path, monkeypatch: pytes
     assert run() == (["a.nii"], ["a.nii"])
     (out / INDEX_FILE).write_bytes(b"\xff\n[1, 2]\n{\n" + (out / INDEX_FILE).read_bytes()[:20])
     assert run() == (["a.nii", "c.nii"], ["b.nii"])
+
+
+def test_scans_in_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scans, out = tmp_path / "in", tmp_path / "out"
+    plain = put_scan(tmp_path / "a.nii", 3)
+    cut = plain.read_bytes()[:900]
+    scans.mkdir()
+    with zipfile.ZipFile(scans / "some.zip", "w") as archive:
+        archive.write(plain, "deep/a.nii")
+        archive.writestr("cut.nii", cut)
+    age(scans)
+    record = preprocess(scans, out, SPEC)
+    assert (record.num_new, record.refused_by_code) == (1, {"SCAN_TRUNCATED": 1})
+    rows = read_manifest(Path(record.manifest)).to_dicts()
+    assert [row["source"] for row in rows] == ["some.zip/deep/a.nii", "some.zip/cut.nii"]
+    preprocess(tmp_path / "in" / "some.zip", tmp_path / "alone", SPEC)
+    assert (tmp_path / "alone" / "a.safetensors").read_bytes() == (out / "a.safetensors").read_bytes()
+
+    def refuse(_: object) -> None:
+        raise AssertionError("an unchanged archive is unpacked again")
+
+    from pipelines import preprocess_scan
+
+    monkeypatch.setattr(preprocess_scan, "located", refuse)
+    record = preprocess(scans, out, SPEC)
+    assert (record.num_unchanged, record.refused_by_code) == (1, {"SCAN_TRUNCATED": 1})
 
 
 def test_scans_that_are_gone_leave_the_manifest(tmp_path: Path) -> None:

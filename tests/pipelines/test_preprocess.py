@@ -27,7 +27,7 @@ def put_scan(path: Path, seed: int = 0) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two good scans, a truncated one, a DICOM series, another format and files that are no scans."""
+    """Two good scans, a truncated one, files that are DICOM by name alone, another format and files that are no scans."""
     scans = tmp_path / "in"
     put_scan(scans / "a.nii", 1)
     put_scan(scans / "deep" / "b.nii.gz", 2)
@@ -48,15 +48,15 @@ def test_one_bad_scan_costs_one_row(folder: Path, tmp_path: Path) -> None:
         "b": "ok",
         "c.mgz": "FORMAT_UNSUPPORTED",
         "cut": "SCAN_TRUNCATED",
-        "dicom": "FORMAT_UNSUPPORTED",
+        "unreadable": "SCAN_UNREADABLE",
     }
     assert (record.num_ok, record.num_refused) == (2, 3)
-    assert record.refused_by_code == {"FORMAT_UNSUPPORTED": 2, "SCAN_TRUNCATED": 1}
+    assert record.refused_by_code == {"FORMAT_UNSUPPORTED": 1, "SCAN_TRUNCATED": 1, "SCAN_UNREADABLE": 1}
     assert [step[:2] for step in seen] == [(n, 5) for n in range(1, 6)]
     row = table["b"]
     assert (row["source"], row["shape"], row["spacing_mm"]) == ("deep/b.nii.gz", [12, 13, 14], [4.0, 4.0, 5.0])
     assert read_volume(tmp_path / "out" / row["volume"], SPEC).metadata["source_sha256"] == row["source_sha256"]
-    assert "convert" in table["dicom"]["message"].lower()
+    assert "convert" in table["c.mgz"]["message"].lower()
 
 
 def test_only_what_changed_is_done_again(folder: Path, tmp_path: Path) -> None:
