@@ -17,11 +17,10 @@ import polars as pl
 
 from photon.errors import PhotonError
 from pipelines.answers import Answer, Answerer
-from pipelines.files import file_digest, lock_output, prepare_output_folder
+from pipelines.files import lock_output, prepare_output_folder
 from pipelines.questions import EVERY_SCAN, Question, read_questions, select
 from pipelines.results import ScoreRecord
-from pipelines.scans.find import find_scans
-from pipelines.scans.scan import read_scan
+from pipelines.scans.find import Source, find_scans, read_source, source_sha256
 from pipelines.score_store import (
     folder_digest,
     join_parts,
@@ -51,12 +50,16 @@ class ScoringModel(Answerer, Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Job:
-    """One scan and what is asked of it; ``path`` is None for a scan that is not in the archive."""
+    """One scan and what is asked of it; ``scan`` is None for one that is not in the archive."""
 
     scan_id: str
-    source: str
-    path: Path | None
+    scan: Source | None
     questions: tuple[Question, ...]
+
+    @property
+    def source(self) -> str:
+        """Where the scan lies in the archive."""
+        return self.scan.relative if self.scan else ""
 
 
 def score(
@@ -108,7 +111,7 @@ def score(
                 on_progress(number, len(jobs), job.scan_id)
         record = ScoreRecord(
             table=str(join_parts(run.parts, output / TABLE_FILE)),
-            num_scans=sum(job.path is not None for job in jobs),
+            num_scans=sum(job.scan is not None for job in jobs),
             rows=run.num_rows,
             failed_rows=run.num_failed,
             refused_scans=run.num_refused,
@@ -147,8 +150,7 @@ def _plan_jobs(archive: Path, questions: Path, question_ids: Sequence[str] | Non
     return [
         _Job(
             scan_id=scan_id,
-            source=scans[scan_id].relative if scan_id in scans else "",
-            path=scans[scan_id].path if scan_id in scans else None,
+            scan=scans.get(scan_id),
             questions=tuple(sorted(by_scan[scan_id], key=lambda question: question.question_id)),
         )
         for scan_id in sorted(by_scan)
@@ -156,12 +158,12 @@ def _plan_jobs(archive: Path, questions: Path, question_ids: Sequence[str] | Non
 
 
 def _source_digest(job: _Job) -> str | None:
-    """sha256 of the scan file; None when it cannot be read, which may be another matter next time."""
-    if job.path is None:
+    """sha256 of the scan's bytes; None when they cannot be read, which may be another matter next time."""
+    if job.scan is None:
         return ""
     try:
-        return file_digest(job.path)
-    except OSError:
+        return source_sha256(job.scan)
+    except (OSError, PhotonError):
         return None
 
 
@@ -213,7 +215,7 @@ class _Run:
         self.parts.append(part)
         self.num_rows += rows.height
         self.num_failed += rows["error"].count()
-        self.num_refused += job.path is not None and rows["error"].null_count() == 0
+        self.num_refused += job.scan is not None and rows["error"].null_count() == 0
 
     def _key(self, job: _Job, source_digest: str | None) -> str:
         return part_key(
@@ -244,11 +246,11 @@ class _Run:
 
     def _rows(self, job: _Job) -> pl.DataFrame:
         """The rows of a job, whatever happens to it; only an interrupt ends the run."""
-        if job.path is None:
+        if job.scan is None:
             return score_frame(self._failed(job, job.questions, "SCAN_MISSING", "the archive has no such scan."))
         try:
             self._volume_path(job).unlink(missing_ok=True)
-            volume = resample(read_scan(job.path), self.answerer.volume_spec, self.modality)
+            volume = resample(read_source(job.scan), self.answerer.volume_spec, self.modality)
             write_volume(volume, self._volume_path(job))
         except Exception as error:  # one scan must not cost the archive; its rows tell what happened
             return score_frame(self._failed(job, job.questions, *_coded(error)))

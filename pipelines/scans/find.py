@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from photon.errors import PhotonError
 from pipelines.scans.archives import Member, extract, is_archive_name, list_members
 from pipelines.scans.checks import MAX_VOXELS, Trust, unsupported
+from pipelines.scans.detached import data_file
 from pipelines.scans.scan import DICOM_ENDINGS, FORMAT_OF_ENDING, Scan, data_file_name, read_scan, scan_ending
 
 MAX_NAME = 200
@@ -107,6 +108,29 @@ def read_source(
     """
     with located(source) as path:
         return read_scan(path, series=source.series, max_voxels=max_voxels, trust=trust, is_labels=is_labels)
+
+
+def source_sha256(source: Source) -> str:
+    """Checksum of a source's bytes, that of the scan read from it; nothing but the bytes is looked at.
+
+    Raises:
+        PhotonError: as :func:`located`; ``SCAN_MISSING`` or ``SCAN_UNREADABLE``. ``OSError`` comes through.
+    """
+    with located(source) as path:
+        if path.is_dir():
+            from pipelines.scans.dicom import list_series, series_sha256
+
+            series = next((one for one in list_series(path) if one.key == source.series), None)
+            if series is None:
+                raise PhotonError("SCAN_MISSING", path, f"it holds no series {source.series}.", "Check the path.")
+            return series_sha256(series)
+        name = data_file_name(path)
+        digest = hashlib.sha256()
+        for file in [path] if name is None else [path, data_file(path, name)]:
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+        return digest.hexdigest()
 
 
 def scan_id_of(path: Path) -> str:

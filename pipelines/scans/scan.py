@@ -101,14 +101,16 @@ def read_scan(
         PhotonError: ``SCAN_MISSING``, ``FORMAT_UNSUPPORTED``, ``SCAN_UNREADABLE``, ``GZIP_CORRUPT``,
             ``SCAN_TRUNCATED``, ``SCAN_TRAILING_DATA``, ``SCAN_TOO_LARGE``, ``SCAN_NOT_3D``, ``SCAN_RGB``,
             ``SPACING_INVALID``, ``SPACING_CONFLICT``, ``AFFINE_INVALID``, ``SCALING_INVALID``,
-            ``VOXELS_NOT_FINITE``, ``SCAN_CONSTANT`` or ``DATA_FILE_OUTSIDE``; for a folder ``SERIES_AMBIGUOUS`` and
-            what :func:`pipelines.scans.dicom.read_series` raises.
+            ``VOXELS_NOT_FINITE``, ``SCAN_CONSTANT`` or ``DATA_FILE_OUTSIDE``; for a folder what
+            :func:`pipelines.scans.dicom.read_dicom` raises.
     """
     # A format's library is imported when the first file of that format is read.
     if not path.exists():
         raise PhotonError("SCAN_MISSING", path, "the file does not exist.", "Check the path.")
     if path.is_dir():
-        return _read_series(path, series, max_voxels)
+        from pipelines.scans.dicom import read_dicom
+
+        return read_dicom(path, series, max_voxels=max_voxels)
     if not path.is_file():
         raise unsupported(path, "it is neither a file nor a folder.")
     by_name, by_content = FORMAT_OF_ENDING.get(scan_ending(path)), _format_of_content(path)
@@ -156,20 +158,6 @@ def scan_ending(path: Path) -> str:
     """The ending of a file name in lower case; ``.nii.gz`` counts as one."""
     name = path.name.lower()
     return ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
-
-
-def _read_series(folder: Path, key: str, max_voxels: int) -> Scan:
-    from pipelines.scans.dicom import list_series, read_series
-
-    found = list_series(folder)
-    chosen = [series for series in found if key in ("", series.key)]
-    if not chosen:
-        fact = f"it holds no DICOM series {key}." if found else "it is a folder without DICOM files."
-        raise PhotonError("SCAN_MISSING", folder, fact, "Check the path.")
-    if len(chosen) > 1:
-        keys = ", ".join(series.key for series in chosen)
-        raise PhotonError("SERIES_AMBIGUOUS", folder, f"it holds {len(chosen)} series: {keys}.", "Name one of them.")
-    return read_series(chosen[0], max_voxels)
 
 
 def _format_of_content(path: Path) -> Format | None:

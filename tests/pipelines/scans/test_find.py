@@ -1,0 +1,83 @@
+"""Which scans a folder holds, and what they are called."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from photon.errors import PhotonError
+from pipelines.scans.find import find_scans, read_source, source_sha256
+from pipelines.scans.nifti import write_scan
+
+AFFINE = np.diag([3.0, 3.0, 4.0, 1.0])
+
+
+def put_scan(path: Path, seed: int = 0) -> np.ndarray:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.random.RandomState(seed).randint(-900, 900, (9, 10, 11)).astype(np.int16)
+    write_scan(array, AFFINE, path)
+    return array
+
+
+def put_metaimage(path: Path, seed: int = 0) -> None:
+    array = np.random.RandomState(seed).randint(-900, 900, 120).astype("<i2")
+    header = "NDims = 3\nDimSize = 4 5 6\nElementType = MET_SHORT\nElementSpacing = 1 1 1\n"
+    path.write_text(header + f"ElementDataFile = {path.stem}.raw\n")
+    path.with_suffix(".raw").write_bytes(array.tobytes())
+
+
+def test_every_format_is_found_and_other_files_are_passed_over(tmp_path: Path) -> None:
+    put_scan(tmp_path / "a.NII.GZ")
+    put_metaimage(tmp_path / "b.mhd")
+    for name in ("c.mgz", "d.7z", "notes.txt", "e.raw", ".hidden.nii", ".git/f.nii", "photo.img"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    sources = find_scans(tmp_path)
+    assert [source.scan_id for source in sources] == ["a", "b", "c.mgz", "d.7z"]
+    assert [source.refusal.code if source.refusal else "" for source in sources] == [
+        "",
+        "",
+        *["FORMAT_UNSUPPORTED"] * 2,
+    ]
+    with pytest.raises(PhotonError, match="FORMAT_UNSUPPORTED"):
+        read_source(sources[2])
+
+
+def test_twins_are_two_scans_and_each_is_read_as_itself(tmp_path: Path) -> None:
+    """Some readers open a.nii when they are asked for a.nii.gz."""
+    first, second = put_scan(tmp_path / "a.nii", 1), put_scan(tmp_path / "a.nii.gz", 2)
+    plain, packed = find_scans(tmp_path)
+    assert (plain.relative, packed.relative) == ("a.nii", "a.nii.gz") and plain.scan_id != packed.scan_id
+    assert np.array_equal(read_source(plain).array, first)
+    assert np.array_equal(read_source(packed).array, second)
+
+
+def test_ids_that_differ_by_case_alone_are_made_different(tmp_path: Path) -> None:
+    for name in ("x/Scan.nii", "y/scan.nii", "z/other.nii"):
+        put_scan(tmp_path / name)
+    assert [source.scan_id for source in find_scans(tmp_path)] == ["x_Scan", "y_scan", "other"]
+
+
+def test_the_checksum_of_a_source_is_that_of_its_scan(tmp_path: Path) -> None:
+    put_scan(tmp_path / "a.nii.gz")
+    put_scan(tmp_path / "b.nii")
+    put_metaimage(tmp_path / "c.mhd")
+    checksums = []
+    for source in find_scans(tmp_path):
+        assert source_sha256(source) == read_source(source).sha256
+        checksums.append(source_sha256(source))
+    (tmp_path / "c.raw").write_bytes(bytes(239) + b"x")
+    assert source_sha256(find_scans(tmp_path)[2]) not in checksums
+    content = (tmp_path / "b.nii").read_bytes()
+    (tmp_path / "b.nii").write_bytes(content[:-1])  # no scan any more, but bytes
+    assert source_sha256(find_scans(tmp_path)[1]) not in checksums
+    assert gzip.decompress((tmp_path / "a.nii.gz").read_bytes()) == content
+
+
+def test_folders_that_cannot_be_searched(tmp_path: Path) -> None:
+    for path, code in ((tmp_path / "none", "INPUT_MISSING"), (tmp_path, "ARCHIVE_EMPTY")):
+        with pytest.raises(PhotonError, match=code):
+            find_scans(path)
