@@ -35,7 +35,8 @@ class AbdomenAtlas:
     title = "AbdomenAtlas 3.0 Mini, abdominal CT with measured organs and lesions"
     notes: tuple[str, ...] = (
         "Questions are computed from columns of AbdomenAtlas3.0MiniWithMeta.csv. Sex, age and reports are not read.",
-        "From the masks themselves more can be asked: `photon questions` computes it from images and label maps.",
+        "From the masks themselves more can be asked: `photon questions` with the images {scan}/ct and the masks "
+        "{scan}/segmentations/{structure}.",
         "An empty number of lesions is not asked, as it may be none or not reported (empty-counts zero takes it for "
         "none where the organ was measured). With none of them known, existence questions are all answered yes.",
         "Splits are those of TrainTestIDS/IID_*.csv where they are there, else by a checksum of the id; the other "

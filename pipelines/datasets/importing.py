@@ -62,6 +62,7 @@ def import_dataset(
     adapter = _adapter(dataset)
     if scans not in MODES:
         raise PhotonError("OPTION_UNKNOWN", "--scans", f"'{scans}' is not {', '.join(MODES)}.", "Use one of these.")
+    _check_folders(input, options.images or input, output)
     assembled = assemble(adapter.name, adapter.drafts(input, options), rule)
     if not assembled.questions:
         counts = Counter(refusal.reason for refusal in assembled.refusals).most_common(3)
@@ -86,7 +87,8 @@ def import_dataset(
         write_questions(sorted(kept, key=lambda q: (q.scan_id, q.question_id)), output / _QUESTIONS)
         _write_parquet(leaks, own / "leaks.parquet")
         _write_parquet(_refused_table(refusals), own / "refused.parquet")
-        record = _record(adapter, output, Assembled(questions=kept, refusals=refusals), len(wanted), table, leaks)
+        num_asked = len(wanted) if scans != "none" else 0
+        record = _record(adapter, output, Assembled(questions=kept, refusals=refusals), num_asked, table, leaks)
         record = dataclasses.replace(record, num_dropped=len(questions) - len(kept))
         record.write(own / "record.json")
         write_text(own / "report.txt", report_text(adapter, record, leaks, refusals, table))
@@ -101,9 +103,11 @@ def report_text(
     lines = [
         adapter.title,
         "",
-        f"{record.num_questions} questions ({_counts(record.num_questions_by_split)}) about {record.num_scans_asked} "
-        f"scans; {record.num_scans_ok} scans are there, {record.num_scans_refused} refused, "
-        f"{record.num_scans_missing} not found.",
+        f"{record.num_questions} questions ({_counts(record.num_questions_by_split)}).",
+        f"They ask about {record.num_scans_asked} scans: {record.num_scans_ok} are there, {record.num_scans_refused} "
+        f"were refused, {record.num_scans_missing} were not found."
+        if record.num_scans_asked
+        else "Scans were not looked for.",
         f"By kind: {_counts(record.num_questions_by_kind)}.",
         *([f"{record.num_dropped} questions were left out because of leaks."] if record.num_dropped else []),
         "",
@@ -154,6 +158,15 @@ def _adapter(dataset: str) -> Adapter:
         known = ", ".join(DATASETS)
         raise PhotonError("DATASET_UNKNOWN", dataset, "there is no such dataset.", f"Choose one of: {known}.")
     return DATASETS[dataset]
+
+
+def _check_folders(input: Path, images: Path, output: Path) -> None:
+    """Neither may the dataset be searched for what this import writes, nor its own scans be written over."""
+    target = output.resolve()
+    for folder in (input.resolve(), images.resolve()):
+        if target.is_relative_to(folder) or folder.is_relative_to(target / "raw"):
+            fact = f"the data folder and the dataset's folder {folder} lie inside each other."
+            raise PhotonError("OUTPUT_MISPLACED", output, fact, "Choose a data folder beside the dataset.")
 
 
 def _scan_files(

@@ -80,7 +80,8 @@ def place_scans(
         for row in pool.map(placed, scans):
             rows.append(row)
             if len(rows) % _SAVE_EVERY == 0:
-                _write_table(rows, table)
+                # What an earlier import knows of the scans still to come is not lost with this one.
+                _write_table(list({**earlier, **{row["scan_id"]: row for row in rows}}.values()), table)
             if on_progress:
                 on_progress(len(rows), len(scans), row["scan_id"])
     return _write_table(rows, table)
@@ -117,13 +118,22 @@ def _row(scan: ScanFile, images: Path, mode: str, earlier: Mapping[str, Any] | N
         row |= {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
         if earlier is not None and earlier["status"] == "ok" and target.is_file() and _is_same(earlier, row):
             return dict(earlier)
-        return row | _placed(scan, target, mode) | {"status": "ok"}
+        found = _placed(scan, target, mode)
+        _other_ending(target).unlink(missing_ok=True)
+        return row | found | {"status": "ok"}
     except PhotonError as error:
-        target.unlink(missing_ok=True)
+        for path in (target, _other_ending(target)):
+            path.unlink(missing_ok=True)
         return row | {"status": error.code, "message": f"{error.fact} {error.remedy}"}
     except OSError as error:
         fact = f"the scan cannot be put there ({error.strerror or error})."
         raise PhotonError("OUTPUT_UNWRITABLE", target, fact, "Free space; what is done is kept.") from error
+
+
+def _other_ending(target: Path) -> Path:
+    """Where an earlier import may have put the same scan."""
+    is_gzip = target.name.endswith(".gz")
+    return target.with_name(target.name.removesuffix(".gz") if is_gzip else f"{target.name}.gz")
 
 
 def _placed(scan: ScanFile, target: Path, mode: str) -> dict[str, Any]:

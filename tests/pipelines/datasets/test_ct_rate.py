@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 
 from photon.errors import PhotonError
@@ -210,6 +212,31 @@ def test_unchanged_scans_are_not_read_again(original: Path, tmp_path: Path, monk
         (tmp_path / "images" / f"{NAME}.nii.gz").unlink()
         place(scan_files(original), tmp_path)
         assert len(seen) == 2
+
+
+def test_a_scan_has_one_file_whatever_its_ending(original: Path, tmp_path: Path, made: Any) -> None:
+    place(scan_files(original), tmp_path)
+    (original / FIXED).parent.mkdir(parents=True)
+    write_scan(made.chest(1), np.diag([-7.0, -7.5, 10.0, 1.0]), (original / FIXED).with_suffix(""))
+    place(scan_files(original), tmp_path)
+    assert [path.name for path in (tmp_path / "images").iterdir()] == [f"{NAME}.nii"]
+
+
+def test_a_kill_keeps_what_is_known_of_the_others(
+    original: Path, tmp_path: Path, made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (found,) = scan_files(original)
+    assert isinstance(found, ScanFile)
+    scans = [dataclasses.replace(found, scan_id=f"s{number}") for number in range(4)]
+    place(list(scans), tmp_path)
+    monkeypatch.setattr("pipelines.datasets.placing._SAVE_EVERY", 1)
+
+    def kill(done: int, total: int, label: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        place_scans(scans, tmp_path / "images", tmp_path / "scans.parquet", "link", kill, num_workers=1)
+    assert pl.read_parquet(tmp_path / "scans.parquet")["scan_id"].to_list() == ["s0", "s1", "s2", "s3"]
 
 
 def test_findings_become_yes_no_questions(tmp_path: Path, made: Any, read: Any) -> None:

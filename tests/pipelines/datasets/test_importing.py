@@ -46,7 +46,11 @@ def rad(tmp_path: Path, made: Any) -> tuple[Path, Path]:
         table = questions / split / f"Task4_Existence_Detection/Finding {patient}.csv"
         made.write_csv(table, made.RAD_HEADER, rows)
         metadata.append(made.metadata_row(f"{name}_a_1.nii.gz", SHAPE))
-        if patient != "test_2":
+        if patient == "test_1":  # of the corrected copy, and so a link
+            fixed = scans / f"dataset/valid_fixed/{name}_a_1.nii.gz"
+            fixed.parent.mkdir()
+            write_scan(made.chest(seed), np.diag([-7.0, -7.5, 10.0, 1.0]), fixed)
+        elif patient != "test_2":
             made.write_blank_nifti(made.chest(seed) + 1024, scans / f"dataset/{name}_a_1.nii.gz")
     made.write_csv(scans / "metadata.csv", made.METADATA_HEADER, metadata)
     return questions, scans
@@ -65,6 +69,7 @@ def test_import_preprocess_and_train(rad: tuple[Path, Path], tmp_path: Path) -> 
     assert ImportRecord.read(data / "import/3d-rad/record.json") == record
     preprocessed = preprocess(data / "raw/images", data / "volumes", VOLUME_SPECS["smoke"], num_workers=1)
     assert (preprocessed.num_ok, preprocessed.num_refused) == (7, 0)
+    assert [path.name for path in (data / "raw/images").iterdir() if path.is_symlink()] == ["valid_1_a_1.nii.gz"]
     smoke = TrainSpec.preset("smoke")
     spec = dataclasses.replace(
         smoke,
@@ -219,15 +224,29 @@ def test_wrong_arguments(rad: tuple[Path, Path], tmp_path: Path, arguments: dict
     assert not (tmp_path / "data").exists()
 
 
+def test_folders_inside_each_other(rad: tuple[Path, Path], tmp_path: Path, made: Any) -> None:
+    for input, output in ((rad[0], rad[0] / "data"), (rad[0], rad[0]), (rad[0], rad[1] / "data")):
+        with pytest.raises(PhotonError, match="OUTPUT_MISPLACED"):
+            import_dataset("3d-rad", input, output, options=ImportOptions(images=rad[1]))
+    own = tmp_path / "mine/raw/images/BDMAP_00000001.nii.gz"
+    own.parent.mkdir(parents=True)
+    write_scan(made.chest(1), np.eye(4), own)
+    before = own.read_bytes()
+    made.write_csv(own.parent / "meta.csv", ["BDMAP ID", "liver volume (cm^3)"], [["BDMAP_00000001", "1500"]])
+    with pytest.raises(PhotonError, match="OUTPUT_MISPLACED"):
+        import_dataset("abdomenatlas", own.parent, tmp_path / "mine")
+    assert own.read_bytes() == before and not own.is_symlink()
+
+
 def test_options_that_do_not_exist() -> None:
     with pytest.raises(PhotonError, match="--rescale"):
         ImportOptions(rescale="twice")
 
 
 def test_a_folder_whose_rows_are_all_bad(tmp_path: Path, made: Any) -> None:
-    made.write_csv(tmp_path / "x.csv", made.RAD_HEADER, [made.rad_open(1, 1, "mine.nii.gz", "What?", "x")])
+    made.write_csv(tmp_path / "in/x.csv", made.RAD_HEADER, [made.rad_open(1, 1, "mine.nii.gz", "What?", "x")])
     with pytest.raises(PhotonError, match="DATASET_EMPTY.*volume name"):
-        import_dataset("3d-rad", tmp_path, tmp_path / "data")
+        import_dataset("3d-rad", tmp_path / "in", tmp_path / "data")
 
 
 def test_the_command(rad: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from pipelines.datasets.catalogue import DATASETS
 from pipelines.datasets.leaks import find_leaks
 from pipelines.datasets.placing import place_scans
 from pipelines.datasets.splits import SplitRule
+from pipelines.mask_questions.names import read_description
+from pipelines.mask_questions.pairs import find_pairs
+from pipelines.scans.nifti import write_scan
 from pipelines.scans.scan import read_scan
 
 M3D_HEADER = [
@@ -178,6 +182,18 @@ def test_questions_that_are_always_answered_yes_are_told(tmp_path: Path, made: A
     leaks = find_leaks(questions, {})
     told = leaks.filter(check="always the same answer")["subject"].to_list()
     assert "liver lesion existence" in told
+
+
+def test_atlas_masks_are_found_as_the_notes_say(tmp_path: Path) -> None:
+    names = {"structures": {"liver": "liver"}, "image": "{scan}/ct", "mask": "{scan}/segmentations/{structure}"}
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    for path in ("image_only/BDMAP_00000001/ct.nii.gz", "mask_only/BDMAP_00000001/segmentations/liver.nii.gz"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        write_scan(np.arange(8, dtype=np.int16).reshape(2, 2, 2), np.eye(4), tmp_path / path)
+    description = read_description(tmp_path / "names.json")
+    (pair,) = find_pairs(tmp_path / "image_only", tmp_path / "mask_only", description)
+    assert pair.scan_id == "BDMAP_00000001" and list(pair.masks) == ["liver"]
+    assert all(name in " ".join(DATASETS["abdomenatlas"].notes) for name in ("{scan}/ct", names["mask"]))
 
 
 def test_atlas_scans(tmp_path: Path) -> None:
