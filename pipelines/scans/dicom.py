@@ -15,9 +15,7 @@ from pipelines.scans.dicom_files import GET_AGAIN, PREAMBLE, is_dicom
 from pipelines.scans.dicom_headers import Slice, read_slices
 from pipelines.scans.dicom_series import Series, grouped
 from pipelines.scans.dicom_voxels import joined_sha256, read_voxels
-from pipelines.scans.scan import Scan, make_scan
-
-DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
+from pipelines.scans.scan import DICOM_ENDINGS, Scan, make_scan
 
 __all__ = ["Series", "is_dicom_file", "list_series", "read_dicom", "read_series", "series_sha256"]
 

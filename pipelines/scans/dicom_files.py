@@ -75,6 +75,9 @@ _KEYWORDS = (
     "PerFrameFunctionalGroupsSequence",
 )
 
+_TAGS = {keyword: Tag(keyword) for keyword in _KEYWORDS}
+
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # what matters is checked here
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its warnings quote values of the file
 
 
@@ -136,10 +139,10 @@ def parsed(stream: BinaryIO, first: bytes, path: Path) -> tuple[Dataset, BinaryI
     """Header and the stream it was read from, which stands where the pixels begin or at its end."""
     stream.seek(0)
     if DeflatedExplicitVRLittleEndian.encode() not in first:
-        return pydicom.dcmread(stream, stop_before_pixels=True, force=True, specific_tags=list(_KEYWORDS)), stream
+        return pydicom.dcmread(stream, stop_before_pixels=True, force=True, specific_tags=list(_TAGS.values())), stream
     # pydicom would expand such a file without a limit.
     body = io.BytesIO(inflated_body(stream.read(), path))
-    header = read_dataset(body, False, True, stop_when=_is_pixel_group, specific_tags=[Tag(word) for word in _KEYWORDS])
+    header = read_dataset(body, False, True, stop_when=_is_pixel_group, specific_tags=list(_TAGS.values()))
     header.file_meta = read_file_meta_info(path)
     return header, body
 
@@ -162,22 +165,24 @@ def located_pixels(header: Dataset, body: BinaryIO, path: Path) -> tuple[Pixels 
     offset = start + (12 if is_long else 8)
     (length,) = struct.unpack(order + "I", element[8:12] if is_long else element[4:8])
     try:
+        bits_allocated = _count(header, "BitsAllocated")
+        bits_stored = _count(header, "BitsStored", bits_allocated)
         pixels = Pixels(
             syntax=str(header.file_meta.get("TransferSyntaxUID", "")),
             offset=offset,
             length=None if length == _UNDEFINED else length,
-            rows=int(header.Rows),
-            columns=int(header.Columns),
-            num_frames=int(header.get("NumberOfFrames") or 1),
-            samples=int(header.get("SamplesPerPixel") or 1),
+            rows=_count(header, "Rows"),
+            columns=_count(header, "Columns"),
+            num_frames=_count(header, "NumberOfFrames", 1),
+            samples=_count(header, "SamplesPerPixel", 1),
             photometric=text(header, "PhotometricInterpretation"),
-            bits_allocated=int(header.BitsAllocated),
-            bits_stored=int(header.get("BitsStored") or header.BitsAllocated),
-            high_bit=int(header.get("HighBit") or int(header.get("BitsStored") or header.BitsAllocated) - 1),
-            is_signed=int(header.get("PixelRepresentation") or 0) == 1,
+            bits_allocated=bits_allocated,
+            bits_stored=bits_stored,
+            high_bit=_count(header, "HighBit", bits_stored - 1),
+            is_signed=_count(header, "PixelRepresentation", 0) == 1,
             is_big_endian=not is_little_endian,
         )
-    except (AttributeError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         fact = f"the description of its pixels is incomplete or damaged ({type(error).__name__})."
         return None, PhotonError("SCAN_UNREADABLE", path, fact, GET_AGAIN)
     fault = None
@@ -187,9 +192,15 @@ def located_pixels(header: Dataset, body: BinaryIO, path: Path) -> tuple[Pixels 
     return pixels, fault
 
 
+def value_of(dataset: Dataset, keyword: str) -> Any:
+    """The value of an element, None when absent."""
+    element = dataset.get(_TAGS.get(keyword) or Tag(keyword))  # by tag: much faster than by keyword
+    return None if element is None else element.value
+
+
 def text(dataset: Dataset, keyword: str) -> str:
     """A value as text, ``""`` when absent."""
-    value = dataset.get(keyword)
+    value = value_of(dataset, keyword)
     return "" if value is None else str(value).strip(" \0")
 
 
@@ -208,7 +219,7 @@ def whole_number(dataset: Dataset, keyword: str) -> int:
 def numbers(dataset: Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
     """So many numbers; None when the element is absent or empty, NaN when it holds anything else."""
     try:
-        values = listed(dataset.get(keyword))
+        values = listed(value_of(dataset, keyword))
         if not values:
             return None
         numbers = tuple(float(value) for value in values)
@@ -218,8 +229,15 @@ def numbers(dataset: Dataset, keyword: str, count: int) -> tuple[float, ...] | N
 
 
 def first_item(dataset: Dataset, sequence: str) -> Dataset:
-    items = dataset.get(sequence) or []
+    """The only item of a sequence, an empty one when it is absent."""
+    items = value_of(dataset, sequence) or []
     return items[0] if len(items) else Dataset()
+
+
+def _count(dataset: Dataset, keyword: str, otherwise: int | None = None) -> int:
+    """A whole number; ``otherwise`` when it is absent. Raises TypeError or ValueError when it is none."""
+    value = value_of(dataset, keyword)
+    return int(otherwise if value is None and otherwise is not None else value)
 
 
 def _is_pixel_group(tag: BaseTag, vr: str | None, length: int) -> bool:

@@ -69,11 +69,11 @@ def check_plane(image: Slice, subject: Path) -> None:
     """
     if image.position is None or image.axes is None:
         raise bad_affine(subject, "a slice does not say where it lies (position and orientation of the patient).")
-    if not np.isfinite([*image.position, *image.axes]).all():
+    if not all(map(math.isfinite, (*image.position, *image.axes))):
         raise bad_affine(subject, "position or orientation of a slice are no numbers.")
-    row, column = np.array(image.axes[:3]), np.array(image.axes[3:])
-    errors = (abs(row @ row - 1), abs(column @ column - 1), abs(row @ column))
-    if max(errors) > MAX_AXIS_ERROR:
+    row, column = image.axes[:3], image.axes[3:]
+    errors = (_dot(row, row) - 1, _dot(column, column) - 1, _dot(row, column))
+    if max(map(abs, errors)) > MAX_AXIS_ERROR:
         raise bad_affine(subject, f"the directions of rows and columns are no right angle of unit length {image.axes}.")
     if image.pixel_spacing is None:
         raise PhotonError("SPACING_INVALID", subject, "its pixels have no spacing.", GET_AGAIN)
@@ -162,3 +162,7 @@ def _normal(image: Slice) -> np.ndarray:
 def _unit(vector: Sequence[float] | np.ndarray) -> np.ndarray:
     array = np.asarray(vector, np.float64)
     return array / np.linalg.norm(array)
+
+
+def _dot(first: Sequence[float], second: Sequence[float]) -> float:
+    return sum(a * b for a, b in zip(first, second, strict=True))

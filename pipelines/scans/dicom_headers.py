@@ -23,6 +23,7 @@ from pipelines.scans.dicom_files import (
     numbers,
     parsed,
     text,
+    value_of,
     whole_number,
 )
 
@@ -118,7 +119,7 @@ def _slices(header: Dataset, body: BinaryIO, path: Path) -> list[Slice]:
     padding = _padding(header)
     num_frames = pixels.num_frames if pixels else 1
     shared = first_item(header, "SharedFunctionalGroupsSequence")
-    frames = header.get("PerFrameFunctionalGroupsSequence") or []
+    frames = value_of(header, "PerFrameFunctionalGroupsSequence") or []
     if frames and len(frames) != num_frames and fault is None:
         fact = f"it declares {num_frames} frames and describes {len(frames)}."
         fault = PhotonError("SCAN_UNREADABLE", path, fact, GET_AGAIN)
@@ -148,11 +149,11 @@ def _slice(
 
     scaling, measures = owner("PixelValueTransformationSequence"), owner("PixelMeasuresSequence")
     phase = {name: text(header, keyword) for name, keyword in _PHASES.items()}
-    image_type = tuple(str(word) for word in listed(header.get("ImageType")))
+    image_type = tuple(str(word) for word in listed(value_of(header, "ImageType")))
     if groups:
         phase = {name: text(owner(sequence), keyword) for name, (sequence, keyword) in _FRAME_PHASES.items()}
         for sequence in ("CTImageFrameTypeSequence", "MRImageFrameTypeSequence", "PETFrameTypeSequence"):
-            image_type = tuple(str(word) for word in listed(owner(sequence).get("FrameType"))) or image_type
+            image_type = tuple(str(word) for word in listed(value_of(owner(sequence), "FrameType"))) or image_type
     return Slice(
         path=path,
         frame=index,
@@ -181,13 +182,13 @@ def _slice(
 
 def _padding(header: Dataset) -> tuple[int, int] | None:
     """Lowest and highest padding value, as numbers of the pixels' signedness."""
-    value = header.get("PixelPaddingValue")
+    value = value_of(header, "PixelPaddingValue")
     if not isinstance(value, int):
         return None
-    other = header.get("PixelPaddingRangeLimit", value)
+    other = value_of(header, "PixelPaddingRangeLimit")
     ends = [value, other if isinstance(other, int) else value]
-    if header.get("BitsAllocated") == 16:  # some writers store the bits of a number of the other signedness
-        is_signed = header.get("PixelRepresentation") == 1
+    if value_of(header, "BitsAllocated") == 16:  # some writers store the bits of a number of the other signedness
+        is_signed = value_of(header, "PixelRepresentation") == 1
         ends = [(end + (1 << 15)) % (1 << 16) - (1 << 15) if is_signed else end % (1 << 16) for end in ends]
     return min(ends), max(ends)
 

@@ -12,8 +12,6 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from photon.errors import PhotonError
 from pipelines.scans.dicom_geometry import Stack, check_plane, places_of, stacked
 from pipelines.scans.dicom_headers import Slice
@@ -88,10 +86,12 @@ class Series:
 
 def grouped(images: Sequence[Slice], folder: Path) -> list[Series]:
     """Sort the images of a folder into series, ordered by key."""
-    spoilt = {image.series_uid: image for image in images if _is_incomplete(image)}
+    spoilt: dict[str, Slice] = {}
     groups: dict[tuple[object, ...], list[Slice]] = defaultdict(list)
     for image in images:
-        if not _is_incomplete(image):
+        if _is_incomplete(image):
+            spoilt[image.series_uid] = image
+        else:
             groups[_sure_differences(image)].append(image)
     parts = [part for group in groups.values() for alike in _same_planes(group) for part in _separated(alike)]
     num_parts = Counter(part[0].series_uid for part in parts)
@@ -115,7 +115,11 @@ def _is_incomplete(image: Slice) -> bool:
     """Whether it ought to be a slice, and cannot be put beside the others: its series then lacks one."""
     if _kind(image):
         return False
-    return image.pixels is None or not _is_placed(image)
+    try:
+        check_plane(image, image.path)
+    except PhotonError:
+        return True
+    return image.pixels is None
 
 
 def _sure_differences(image: Slice) -> tuple[object, ...]:
@@ -141,7 +145,7 @@ def _same_planes(group: list[Slice]) -> list[list[Slice]]:
 def _is_close(first: tuple[float, ...] | None, second: tuple[float, ...] | None, tolerance: float) -> bool:
     if first is None or second is None:
         return first is second
-    return bool(np.allclose(first, second, rtol=0, atol=tolerance, equal_nan=True))
+    return all(not abs(a - b) > tolerance for a, b in zip(first, second, strict=True))
 
 
 def _separated(images: list[Slice]) -> list[list[Slice]]:
@@ -150,7 +154,7 @@ def _separated(images: list[Slice]) -> list[list[Slice]]:
     Only where places repeat: many scanners number acquisitions or trigger times slice by slice. A stack
     without repetitions is split by acquisition alone, and only if that makes every part even.
     """
-    if not all(map(_is_placed, images)):
+    if _kind(images[0]):
         return [images]
     num_places, num_copies = _repetition(images)
     if num_copies == 1:
@@ -183,14 +187,6 @@ def _repetition(images: list[Slice]) -> tuple[int, int]:
     places = places_of(images)
     copies = max(len({(image.instance_uid or image.path, image.frame) for image in place}) for place in places)
     return len(places), copies
-
-
-def _is_placed(image: Slice) -> bool:
-    try:
-        check_plane(image, image.path)
-    except PhotonError:
-        return False
-    return True
 
 
 def _is_even(images: list[Slice]) -> bool:
