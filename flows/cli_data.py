@@ -71,7 +71,7 @@ def import_(
         bool, typer.Option("--drop-leaks", help="Leave out of train and val what test has too.")
     ] = False,
     rescale: Annotated[
-        str, typer.Option(help="CT-RATE: slope and intercept from the header, the csv, or auto (see below).")
+        str, typer.Option(help="CT-RATE: slope and intercept from the header, the csv, or auto (see above).")
     ] = "auto",
     form: Annotated[str, typer.Option(help="DeepTumorVQA: free text, or multiple choice.")] = "free",
     empty_counts: Annotated[
@@ -96,7 +96,7 @@ def import_(
     * **abdomenatlas**: `AbdomenAtlas3.0MiniWithMeta.csv`, `TrainTestIDS/`, `image_only/`.
     * **chat**: `.json` or `.jsonl` of messages and videos, as the public Photon is trained on.
 
-    Writes questions.jsonl, raw/images/ and import/<dataset>/: report.txt to read first, refused.parquet (every row
+    Writes questions.jsonl, raw/images/ and `import/DATASET/`: report.txt to read first, refused.parquet (every row
     left out, and why), scans.parquet, leaks.parquet. A bad row costs itself alone. Every scan is read once, and not
     again while it is unchanged. Exit code 3 says that rows or scans were refused, or that leaks were found.
 
