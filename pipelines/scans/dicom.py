@@ -11,22 +11,13 @@ from pathlib import Path
 from photon.errors import PhotonError
 from pipelines.files import file_digest
 from pipelines.scans.checks import MAX_VOXELS, check_grid
-from pipelines.scans.dicom_files import GET_AGAIN, PREAMBLE, is_dicom
+from pipelines.scans.dicom_files import GET_AGAIN, PREAMBLE
 from pipelines.scans.dicom_headers import Slice, read_slices
 from pipelines.scans.dicom_series import Series, grouped
 from pipelines.scans.dicom_voxels import joined_sha256, read_voxels
 from pipelines.scans.scan import DICOM_ENDINGS, Scan, make_scan
 
-__all__ = ["Series", "is_dicom_file", "list_series", "read_dicom", "read_series", "series_sha256"]
-
-
-def is_dicom_file(path: Path) -> bool:
-    """Whether a file begins as DICOM; its name does not matter."""
-    try:
-        with path.open("rb") as stream:
-            return is_dicom(stream.read(132))
-    except OSError:
-        return False
+__all__ = ["Series", "list_series", "read_dicom", "read_series", "series_sha256"]
 
 
 def list_series(folder: Path) -> list[Series]:
