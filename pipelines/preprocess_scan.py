@@ -14,7 +14,7 @@ from pipelines.scans.checks import Trust
 from pipelines.scans.find import Source, located
 from pipelines.scans.scan import Scan, read_scan
 from pipelines.source_index import Known, signature_of
-from pipelines.volumes import VolumeRecord, VolumeSpec, read_volume_record, resample, write_volume
+from pipelines.volumes import VolumeRecord, VolumeSpec, read_volume_record, store_scan
 
 VOLUME_ENDING = ".safetensors"
 MAYBE_DETACHED = (".mhd", ".nhdr", ".hdr", ".mha", ".nrrd")
@@ -156,12 +156,9 @@ def _told(error: Exception, job: ScanJob) -> PhotonError:
 
 
 def _make_volume(job: ScanJob, scan: Scan) -> VolumeRecord:
-    volume = resample(scan, job.spec, job.modality)
-    if job.trust:  # only then: volumes made without it keep their bytes
-        volume = dataclasses.replace(volume, metadata=volume.metadata | {"trust": job.trust})
+    more = {"trust": job.trust} if job.trust else {}  # only then: volumes made without it keep their bytes
     try:
-        digest = write_volume(volume, job.target)
+        return store_scan(scan, job.spec, job.target, job.modality, more)
     except OSError as error:
         fact = f"the volume cannot be written ({error.strerror or error})."
         raise PhotonError("OUTPUT_UNWRITABLE", job.target, fact, "Free space; what is done is kept.") from error
-    return VolumeRecord(spec=volume.spec, affine=volume.affine, metadata=volume.metadata, voxels_sha256=digest)

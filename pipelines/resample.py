@@ -8,11 +8,13 @@ same bytes.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from pipelines.grids import (
     CANONICAL_TO_RAS,
+    PATCH,
     VOLUME_SPECS,
     Frame,
     Taps,
@@ -53,21 +55,20 @@ def resample_scan(
     Returns:
         int16 [Z, Y, X], rounded to even, within the spec's window; its padding outside the scan's field of view.
     """
-    from pipelines.resample_kernels import linear_points
-
-    if array.dtype not in (np.int16, np.float32):
-        array = array.astype(np.float32)
-    flat, steps = memory_of(array)
-    low, high = spec.window_hu
-    limits = np.array([low, high, min(max(spec.pad_hu, low), high)], np.float32)
-    factors = np.array([mapping.subtract, mapping.multiply, mapping.add], np.float32)
     out = np.empty(spec.shape, np.int16)
-    if is_aligned(frame, spec):
-        _along_axes(flat, steps[list(frame.axes)], frame, spec, factors, limits, out)
-    else:
-        x, y, z = point_parts(affine, frame, spec)
-        linear_points(flat, steps, np.array(array.shape), x, y, z, factors, limits, out)
+    _reader(array, affine, frame, spec, mapping)(0, out)
     return out
+
+
+def resample_slabs(
+    array: np.ndarray, affine: np.ndarray, frame: Frame, spec: VolumeSpec, mapping: Mapping = IDENTITY
+) -> Iterator[np.ndarray]:
+    """As :func:`resample_scan`, 14 planes after another, so that the whole volume is never held."""
+    read = _reader(array, affine, frame, spec, mapping)
+    for start in range(0, spec.shape[0], PATCH):
+        out = np.empty((PATCH, *spec.shape[1:]), np.int16)
+        read(start, out)
+        yield out
 
 
 def resample_nearest(array: np.ndarray, affine: np.ndarray, spec: VolumeSpec, frame: Frame | None = None) -> np.ndarray:
@@ -98,46 +99,81 @@ def memory_of(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return array.reshape(-1, order="A"), steps
 
 
-def _along_axes(
-    flat: np.ndarray,
-    steps: np.ndarray,
-    frame: Frame,
-    spec: VolumeSpec,
-    factors: np.ndarray,
-    limits: np.ndarray,
-    out: np.ndarray,
-) -> None:
-    """Fill `out` plane by plane; scans whose memory does not run along X are turned some planes at a time.
+def _reader(
+    array: np.ndarray, affine: np.ndarray, frame: Frame, spec: VolumeSpec, mapping: Mapping
+) -> Callable[[int, np.ndarray], None]:
+    """The function that fills int16 [planes, Y, X] with planes of the grid from a given one on."""
+    from pipelines.resample_kernels import linear_points
 
-    Args:
-        steps: int64 [3], of Z, Y and X.
-    """
-    from pipelines.resample_kernels import SLAB, linear_rows, turn_slab
+    if array.dtype not in (np.int16, np.float32):
+        array = array.astype(np.float32)
+    flat, steps = memory_of(array)
+    low, high = spec.window_hu
+    limits = np.array([low, high, min(max(spec.pad_hu, low), high)], np.float32)
+    factors = np.array([mapping.subtract, mapping.multiply, mapping.add], np.float32)
+    if is_aligned(frame, spec):
+        return _AlignedReader(flat, steps[list(frame.axes)], frame, spec, factors, limits)
+    x, y, z = point_parts(affine, frame, spec)
 
-    taps = aligned_taps(frame, spec)
-    (z, z_weight, z_range), y, x = (
-        in_array_direction(tap, size, flip) for tap, size, flip in zip(taps, frame.shape, frame.is_flipped, strict=True)
-    )
-    x = (np.ascontiguousarray(x[0].T), *x[1:])
-    out[: z_range[0]] = out[z_range[1] :] = np.int16(limits[2])
-    if steps[2] == 1:
-        planes = slice(*z_range)
-        linear_rows(flat, steps[:2], z[planes], z_weight[planes], *y, *x, factors, limits, out[planes])
-        return
-    slab = np.empty((min(SLAB, frame.shape[0]), *frame.shape[1:]), flat.dtype)
-    slab_steps = np.array(slab.strides[:2], np.int64) // slab.itemsize
-    begin = int(z_range[0])
-    while begin < z_range[1]:
-        end = begin + 1
-        while end < z_range[1] and np.ptp(z[begin : end + 1]) < len(slab):
-            end += 1
-        first, planes = z[begin:end].min(), slice(begin, end)
-        held = slab[: z[planes].max() + 1 - first]
-        turn_slab(flat, steps, first, held)
-        linear_rows(
-            slab.reshape(-1), slab_steps, z[planes] - first, z_weight[planes], *y, *x, factors, limits, out[planes]
-        )
-        begin = end
+    def read(start: int, out: np.ndarray) -> None:
+        planes = np.ascontiguousarray(z[:, start : start + len(out)])
+        linear_points(flat, steps, np.array(array.shape), x, y, planes, factors, limits, out)
+
+    return read
+
+
+class _AlignedReader:
+    """Reads a scan along its own axes; one whose memory does not run along X is turned some planes at a time."""
+
+    def __init__(
+        self,
+        flat: np.ndarray,
+        steps: np.ndarray,
+        frame: Frame,
+        spec: VolumeSpec,
+        factors: np.ndarray,
+        limits: np.ndarray,
+    ) -> None:
+        """Prepare to read; `steps` are those of Z, Y and X."""
+        from pipelines.resample_kernels import SLAB
+
+        taps = zip(aligned_taps(frame, spec), frame.shape, frame.is_flipped, strict=True)
+        (self._z, self._z_weight, self._z_range), y, x = (in_array_direction(*tap) for tap in taps)
+        self._rest = (*y, np.ascontiguousarray(x[0].T), *x[1:], factors, limits)
+        self._flat, self._steps, self._pad = flat, steps, np.int16(limits[2])
+        self._slab: np.ndarray | None = None
+        if steps[2] != 1:
+            self._slab = np.empty((min(SLAB, frame.shape[0]), *frame.shape[1:]), flat.dtype)
+
+    def __call__(self, start: int, out: np.ndarray) -> None:
+        """Fill int16 [planes, Y, X] with planes from `start` on."""
+        begin, end = (min(max(int(edge), start), start + len(out)) for edge in self._z_range)
+        out[: begin - start] = out[end - start :] = self._pad
+        if self._slab is None:
+            self._read_rows(self._flat, self._steps[:2], 0, begin, end, out[begin - start :])
+            return
+        while begin < end:
+            stop = begin + 1
+            while stop < end and np.ptp(self._z[begin : stop + 1]) < len(self._slab):
+                stop += 1
+            self._read_turned(self._slab, begin, stop, out[begin - start :])
+            begin = stop
+
+    def _read_turned(self, slab: np.ndarray, begin: int, end: int, out: np.ndarray) -> None:
+        from pipelines.resample_kernels import turn_slab
+
+        first, last = self._z[begin:end].min(), self._z[begin:end].max()
+        turn_slab(self._flat, self._steps, first, slab[: last + 1 - first])
+        steps = np.array(slab.strides[:2], np.int64) // slab.itemsize
+        self._read_rows(slab.reshape(-1), steps, first, begin, end, out)
+
+    def _read_rows(
+        self, flat: np.ndarray, steps: np.ndarray, first: int, begin: int, end: int, out: np.ndarray
+    ) -> None:
+        from pipelines.resample_kernels import linear_rows
+
+        planes = slice(begin, end)
+        linear_rows(flat, steps, self._z[planes] - first, self._z_weight[planes], *self._rest, out[: end - begin])
 
 
 def in_array_direction(taps: Taps, size: int, is_flipped: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -17,23 +17,19 @@ LEVEL = 5
 BLOCK_BYTES = 1 << 17
 
 
-def pack(voxels: np.ndarray) -> list[bytes]:
-    """int16 [Z, Y, X] -> its compressed slabs, lowest Z first."""
+def pack_slab(slab: np.ndarray) -> bytes:
+    """int16 [planes, Y, X], contiguous and little endian -> its compressed bytes."""
     import blosc2
 
-    voxels = np.ascontiguousarray(voxels, dtype="<i2")
-    return [
-        blosc2.compress2(
-            slab,
-            typesize=2,
-            codec=blosc2.Codec.LZ4,
-            clevel=LEVEL,
-            filters=[blosc2.Filter.BITSHUFFLE],
-            blocksize=BLOCK_BYTES,
-            nthreads=1,
-        )
-        for slab in _slabs(voxels)
-    ]
+    return blosc2.compress2(
+        slab,
+        typesize=2,
+        codec=blosc2.Codec.LZ4,
+        clevel=LEVEL,
+        filters=[blosc2.Filter.BITSHUFFLE],
+        blocksize=BLOCK_BYTES,
+        nthreads=1,
+    )
 
 
 def unpack(packed: Sequence[bytes | memoryview], shape: tuple[int, int, int]) -> np.ndarray:
@@ -45,7 +41,7 @@ def unpack(packed: Sequence[bytes | memoryview], shape: tuple[int, int, int]) ->
     import blosc2
 
     voxels = np.empty(shape, "<i2")
-    slabs = _slabs(voxels)
+    slabs = slabs_of(voxels)
     if len(packed) != len(slabs):
         raise ValueError(f"{len(packed)} slabs instead of {len(slabs)}")
     for source, slab in zip(packed, slabs, strict=True):
@@ -59,5 +55,6 @@ def unpack(packed: Sequence[bytes | memoryview], shape: tuple[int, int, int]) ->
     return voxels
 
 
-def _slabs(voxels: np.ndarray) -> list[np.ndarray]:
+def slabs_of(voxels: np.ndarray) -> list[np.ndarray]:
+    """Views of the slabs of voxels [Z, Y, X], lowest Z first; the last one may be thinner."""
     return [voxels[start : start + PATCH] for start in range(0, len(voxels), PATCH)]

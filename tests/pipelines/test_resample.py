@@ -15,11 +15,11 @@ import torch
 from photon.errors import PhotonError
 from pipelines import resample_kernels
 from pipelines.grids import VOLUME_SPECS, VolumeSpec, body_middle, frame_of, grid_affine, is_aligned
-from pipelines.resample import IDENTITY, Mapping, resample_nearest, resample_scan
+from pipelines.resample import IDENTITY, Mapping, resample_nearest, resample_scan, resample_slabs
 from pipelines.resample_plain import nearest_plain, resample_plain
 from pipelines.resample_torch import resample_torch
 from pipelines.scans.scan import Scan
-from pipelines.volumes import percentiles, resample
+from pipelines.volumes import percentiles, read_volume_record, resample, store_scan, write_volume
 
 SPEC = VolumeSpec(spacing_mm=3.0, shape=(28, 56, 56), window_hu=(-1000, 1000))
 FINE = Mapping(0.0, 30.0, 0.0)
@@ -89,6 +89,8 @@ def test_compiled_loops_give_the_bytes_of_plain_numpy(kind: str, monkeypatch: py
         found = resample_scan(array, affine, frame, spec, mapping)
         assert found.dtype == np.int16 and found.shape == spec.shape
         assert np.array_equal(found, expected), (kind, number)
+        slabs = list(resample_slabs(array, affine, frame, spec, mapping))
+        assert {len(slab) for slab in slabs} == {14} and np.array_equal(np.concatenate(slabs), expected)
         labels = (np.abs(array) % 200).astype(np.uint8)
         assert np.array_equal(resample_nearest(labels, affine, spec), nearest_plain(labels, affine, frame, spec))
         num_inside += int((expected != -1000).any())
@@ -222,6 +224,18 @@ def test_whichever_way_memory_runs_no_copy_of_the_scan_is_made() -> None:
         tracemalloc.stop()
         assert peak < voxels[0].nbytes + 33 * 130 * 140 * 2 + 100_000
     assert np.array_equal(*voxels)
+
+
+@pytest.mark.parametrize("kind", ["straight", "tilted"])
+def test_stored_slab_by_slab_is_the_same_file(kind: str, tmp_path: Path) -> None:
+    random = np.random.default_rng(2)
+    for modality in ("auto", "ct", "mr"):
+        scan = as_scan(random_scan(random, np.int16), random_affine(random, kind))
+        record = store_scan(scan, SPEC, tmp_path / "slabs", modality)
+        volume = resample(scan, SPEC, modality)
+        assert record.voxels_sha256 == write_volume(volume, tmp_path / "whole")
+        assert (tmp_path / "slabs").read_bytes() == (tmp_path / "whole").read_bytes()
+        assert record.metadata == volume.metadata == read_volume_record(tmp_path / "slabs").metadata
 
 
 def test_values_of_other_types_and_scattered_memory_are_read_too() -> None:

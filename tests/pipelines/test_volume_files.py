@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,15 @@ from safetensors.numpy import load_file
 from photon.errors import PhotonError
 from pipelines.files import write_bytes
 from pipelines.grids import PATCH, VolumeSpec
-from pipelines.volumes import Volume, read_volume, read_volume_record, voxels_sha256, write_volume
-from pipelines.voxel_codec import pack, unpack
+from pipelines.volume_files import (
+    Volume,
+    read_volume,
+    read_volume_record,
+    voxels_sha256,
+    write_slabs,
+    write_volume,
+)
+from pipelines.voxel_codec import pack_slab, slabs_of, unpack
 
 SPEC = VolumeSpec(spacing_mm=3.0, shape=(28, 28, 28), window_hu=(-1000, 1000))
 
@@ -124,6 +133,24 @@ def test_an_interrupted_write_leaves_the_old_volume(tmp_path: Path, monkeypatch:
     assert [item.name for item in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+def test_voxels_in_any_order_of_memory_or_bytes_make_the_same_file(tmp_path: Path) -> None:
+    volume = make_volume()
+    digest = write_volume(volume, tmp_path / "a")
+    for voxels in (np.asfortranarray(volume.voxels), volume.voxels.astype(">i2")):
+        assert write_volume(dataclasses.replace(volume, voxels=voxels), tmp_path / "b") == digest
+        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_fault_while_slabs_come_leaves_no_file(tmp_path: Path) -> None:
+    def slabs() -> Iterator[np.ndarray]:
+        yield make_volume().voxels[:PATCH]
+        raise PhotonError("SCAN_CONSTANT", "scan", "a fault.", "None.")
+
+    with pytest.raises(PhotonError, match="SCAN_CONSTANT"):
+        write_slabs(slabs(), np.eye(4), SPEC, {}, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
 def test_parts_are_written_one_after_another(tmp_path: Path) -> None:
     write_bytes(tmp_path / "a", b"one", memoryview(b"two"))
     assert (tmp_path / "a").read_bytes() == b"onetwo"
@@ -132,10 +159,9 @@ def test_parts_are_written_one_after_another(tmp_path: Path) -> None:
 @pytest.mark.parametrize("planes", [1, 14, 15, 40])
 def test_slabs_hold_any_number_of_planes(planes: int) -> None:
     voxels = np.random.default_rng(0).integers(-32768, 32768, (planes, 5, 7)).astype(np.int16)
-    packed = pack(voxels)
+    packed = [pack_slab(slab) for slab in slabs_of(voxels)]
     assert len(packed) == -(-planes // PATCH)
     assert np.array_equal(unpack(packed, voxels.shape), voxels)
-    assert pack(np.asfortranarray(voxels)) == packed == pack(voxels.astype(">i2"))
     with pytest.raises(ValueError, match="slab"):
         unpack(packed[:-1], voxels.shape)
     with pytest.raises(ValueError):
