@@ -22,6 +22,9 @@ def questions(
     tell_size: Annotated[
         bool, typer.Option("--tell-size", help="Say in questions about mm and cm3 how large the scan is.")
     ] = False,
+    drop_same: Annotated[
+        bool, typer.Option("--drop-same", help="Leave out questions that have one answer in all of several scans.")
+    ] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes, one scan each.")] = 1,
 ) -> None:
     """Compute questions and their answers from segmentations of your own scans.
@@ -37,7 +40,7 @@ def questions(
     from pipelines.mask_questions.stage import Options, make_questions
 
     split = SplitRule(val_percent=val_percent, test_percent=test_percent)
-    options = Options(split=split, is_size_told=tell_size)
+    options = Options(split=split, is_size_told=tell_size, drops_same=drop_same)
     with show_progress("questions") as on_progress:
         record = make_questions(images, masks, names, output, options, on_progress=on_progress, num_workers=workers)
     show_counts("scans", {"ok": record.num_scans} | record.refused_by_code)

@@ -35,6 +35,19 @@ def prepare_output_folder(folder: Path) -> Path:
     return folder
 
 
+def check_apart(data: Path, *inputs: Path) -> None:
+    """Neither may inputs be searched for what is written to a data folder, nor scans in its ``raw`` be written over.
+
+    Raises:
+        PhotonError: ``OUTPUT_MISPLACED`` when the data folder lies inside an input folder, or one inside its ``raw``.
+    """
+    target = data.resolve()
+    for folder in (path.resolve() for path in inputs):
+        if target.is_relative_to(folder) or folder.is_relative_to(target / "raw"):
+            fact = f"the data folder and {folder} lie inside each other."
+            raise PhotonError("OUTPUT_MISPLACED", data, fact, "Choose a data folder beside it.")
+
+
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
     """Yield a temporary sibling of ``target``; on success it is fsynced and renamed to ``target``.

@@ -16,7 +16,7 @@ from pipelines.datasets.catalogue import DATASETS
 from pipelines.datasets.leaks import BLOCKING, CHECKS, find_leaks, without_leaks
 from pipelines.datasets.placing import MODES, SCANS_SCHEMA, Progress, place_scans
 from pipelines.datasets.splits import SPLITS, SplitRule
-from pipelines.files import atomic_path, lock_output, prepare_output_folder, write_text
+from pipelines.files import atomic_path, check_apart, lock_output, prepare_output_folder, write_text
 from pipelines.questions import Question, read_questions, write_questions
 from pipelines.results import ImportRecord
 
@@ -62,7 +62,7 @@ def import_dataset(
     adapter = _adapter(dataset)
     if scans not in MODES:
         raise PhotonError("OPTION_UNKNOWN", "--scans", f"'{scans}' is not {', '.join(MODES)}.", "Use one of these.")
-    _check_folders(input, options.images or input, output)
+    check_apart(output, input, options.images or input)
     assembled = assemble(adapter.name, adapter.drafts(input, options), rule)
     if not assembled.questions:
         counts = Counter(refusal.reason for refusal in assembled.refusals).most_common(3)
@@ -158,15 +158,6 @@ def _adapter(dataset: str) -> Adapter:
         known = ", ".join(DATASETS)
         raise PhotonError("DATASET_UNKNOWN", dataset, "there is no such dataset.", f"Choose one of: {known}.")
     return DATASETS[dataset]
-
-
-def _check_folders(input: Path, images: Path, output: Path) -> None:
-    """Neither may the dataset be searched for what this import writes, nor its own scans be written over."""
-    target = output.resolve()
-    for folder in (input.resolve(), images.resolve()):
-        if target.is_relative_to(folder) or folder.is_relative_to(target / "raw"):
-            fact = f"the data folder and the dataset's folder {folder} lie inside each other."
-            raise PhotonError("OUTPUT_MISPLACED", output, fact, "Choose a data folder beside the dataset.")
 
 
 def _scan_files(

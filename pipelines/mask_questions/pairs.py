@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from pathlib import Path
 
 from photon.errors import PhotonError
@@ -70,13 +71,23 @@ def find_pairs(images: Path, masks: Path, description: Description) -> list[Pair
 
 def _fitting(folder: Path, pattern: str) -> list[tuple[Source, dict[str, str]]]:
     """Sources whose path without ending fits a pattern, and what its placeholders stand for there."""
+    sources = find_scans(folder)
+    places = Counter((source.path, source.member) for source in sources)
+    expression = _expression(pattern)
     found = []
-    for source in find_scans(folder):
-        relative = Path(source.relative)
-        match = _expression(pattern).fullmatch(relative.with_name(scan_id_of(relative)).as_posix())
+    for source in sources:
+        match = expression.fullmatch(_path(source, is_alone=places[source.path, source.member] == 1))
         if match:
             found.append((source, match.groupdict()))
     return found
+
+
+def _path(source: Source, *, is_alone: bool) -> str:
+    """Path without ending; of a DICOM series that has its folder to itself, the folder."""
+    relative = Path(source.relative)
+    if source.series:
+        return (relative.parent if is_alone and relative.name == source.series else relative).as_posix()
+    return relative.with_name(scan_id_of(relative)).as_posix()
 
 
 def _expression(pattern: str) -> re.Pattern[str]:

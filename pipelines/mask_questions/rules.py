@@ -18,6 +18,7 @@ Reason = Literal[
     "slices are tilted",
     "over the limit",
     "words not in train",
+    "same answer everywhere",
 ]
 
 REASONS: dict[Reason, str] = {
@@ -33,6 +34,7 @@ REASONS: dict[Reason, str] = {
     "slices are tilted": "the scan's slices are not axial",
     "over the limit": "the scan has enough questions of this kind; which ones are asked is drawn by their ids",
     "words not in train": "a question of val or test that has words which no question of train has",
+    "same answer everywhere": "of several scans that were asked, and this was to be left out",
 }
 """What each reason means."""
 

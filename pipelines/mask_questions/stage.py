@@ -5,30 +5,30 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import multiprocessing
 import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from photon.errors import PhotonError
 from pipelines.datasets.splits import SPLITS, SplitRule
-from pipelines.files import prepare_output_folder, write_json, write_text
+from pipelines.files import check_apart, prepare_output_folder, write_json, write_text
 from pipelines.mask_questions.ask import Asked, Identity, ask
 from pipelines.mask_questions.candidates import NotAsked
 from pipelines.mask_questions.names import Description, read_description
 from pipelines.mask_questions.pairs import Pair, find_pairs
-from pipelines.mask_questions.rules import Rules
+from pipelines.mask_questions.rules import Reason, Rules
 from pipelines.mask_questions.segmentation import combine, label_values
 from pipelines.mask_questions.wording import in_words_of_train
 from pipelines.questions import Question, write_questions
 from pipelines.results import Record
+from pipelines.scans.find import read_source, scan_id_of
 from pipelines.scans.nifti import write_scan
-from pipelines.scans.scan import Scan, read_scan, scan_ending
+from pipelines.scans.scan import Scan, scan_ending
 from pipelines.volumes import DARK_HU, infer_modality
+from pipelines.workers import run_in_processes
 
 Progress = Callable[[int, int, str], None]
 
@@ -68,11 +68,13 @@ class Options:
         rules: when a question may be asked.
         split: how patients are divided.
         is_size_told: say in questions about millimetres how large the scan is.
+        drops_same: leave out questions that have one answer in all of several scans.
     """
 
     rules: Rules = dataclasses.field(default_factory=Rules)
     split: SplitRule = dataclasses.field(default_factory=SplitRule)
     is_size_told: bool = False
+    drops_same: bool = False
 
 
 COLUMNS = ("scan_id", "patient_id", "split", "modality", "unit", "status", "message")
@@ -100,23 +102,29 @@ def make_questions(
 
     Raises:
         PhotonError: ``NAMES_INVALID``, ``INPUT_MISSING``, ``ARCHIVE_EMPTY``, ``PAIRS_MISSING``,
-            ``OUTPUT_UNWRITABLE``. What is wrong with one scan or its masks becomes the ``status`` of its row.
+            ``OUTPUT_UNWRITABLE``, ``OUTPUT_MISPLACED``, ``DATA_FOREIGN`` when the data folder holds other scans.
+            What is wrong with one scan or its masks becomes the ``status`` of its row.
     """
     options = options or Options()
+    check_apart(output, images, masks)
     description = read_description(names)
     pairs = find_pairs(images, masks, description)
-    for part in ("images", "labels"):
-        prepare_output_folder(output / "raw" / part)
+    _prepare(output / "raw", {pair.scan_id for pair in pairs})
     jobs = [_Job(pair, description, output, options) for pair in pairs]
     results = []
     for result in _each(jobs, num_workers):
         results.append(result)
         if on_progress:
             on_progress(len(results), len(jobs), result.row["scan_id"])
+    results.sort(key=lambda result: result.row["scan_id"])
     wordings = {key: texts for result in results for key, texts in result.asked.wordings.items()}
     questions, wordless = in_words_of_train([q for result in results for q in result.asked.questions], wordings)
     left_out = [(result.row["scan_id"], one) for result in results for one in result.asked.not_asked]
-    left_out += [(q.scan_id, NotAsked(subtype=q.subtype, about=q.organ, reason="words not in train")) for q in wordless]
+    left_out += [_left_out(question, "words not in train") for question in wordless]
+    same = _same_everywhere(questions)
+    if options.drops_same:
+        left_out += [_left_out(q, "same answer everywhere") for q in questions if _without_scan(q) in same]
+        questions = [question for question in questions if _without_scan(question) not in same]
     write_json(output / "raw" / "labels.json", label_values(description))
     write_text(output / "raw" / "scans.csv", _table(COLUMNS, (list(result.row.values()) for result in results)))
     rows = ((scan_id, one.subtype, one.about, one.reason) for scan_id, one in left_out)
@@ -134,8 +142,20 @@ def make_questions(
         num_questions_by_family=_counts(question.family for question in questions),
         num_questions_by_subtype=_counts(question.subtype for question in questions),
         not_asked=_counts(one.reason for _, one in left_out),
-        same_everywhere=_same_everywhere(questions),
+        same_everywhere=same,
     )
+
+
+def _prepare(raw: Path, scan_ids: set[str]) -> None:
+    """Make the folders; files of the same scans by an earlier run go, since this run may refuse them."""
+    folders = [prepare_output_folder(raw / part) for part in ("images", "labels")]
+    files = [path for folder in folders for path in folder.iterdir() if not path.name.startswith(".")]
+    foreign = sorted(path.name for path in files if scan_id_of(path) not in scan_ids)
+    if foreign:
+        fact = f"it holds scans that are not among the images, such as {foreign[0]}."
+        raise PhotonError("DATA_FOREIGN", raw, fact, "Choose another data folder, or move this one away.")
+    for path in files:
+        path.unlink()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,16 +179,20 @@ def _each(jobs: Sequence[_Job], num_workers: int) -> Iterator[_Result]:
     if num_workers == 1:
         yield from map(_result, jobs)
         return
-    # A fork of a process with threads (a tracker, torch) can hang, so workers start afresh.
-    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("forkserver")) as pool:
-        yield from pool.map(_result, jobs)
+    for job, result in run_in_processes(_result, jobs, num_workers):
+        message = "The process reading it was killed, perhaps for want of memory. Try it with fewer workers."
+        yield result or _Result(_row(job) | {"status": "WORKER_KILLED", "message": message}, _NOTHING)
+
+
+def _row(job: _Job) -> dict[str, str]:
+    pair = job.pair
+    split = job.options.split.split_of(pair.patient_id, "", False)
+    return dict.fromkeys(COLUMNS, "") | {"scan_id": pair.scan_id, "patient_id": pair.patient_id, "split": split}
 
 
 def _result(job: _Job) -> _Result:
     """Questions about one scan; its label map and the scan itself are put into the data folder on the way."""
-    pair = job.pair
-    row = dict.fromkeys(COLUMNS, "") | {"scan_id": pair.scan_id, "patient_id": pair.patient_id}
-    row["split"] = job.options.split.split_of(pair.patient_id, "", False)
+    row = _row(job)
     try:
         return _asked(job, row)
     except PhotonError as error:
@@ -182,7 +206,7 @@ def _asked(job: _Job, row: dict[str, str]) -> _Result:
     if not pair.masks:
         remedy = "Leave it out, or outline it too."
         raise PhotonError("MASK_MISSING", pair.scan_id, "the scan has no mask.", remedy)
-    scan = read_scan(pair.image.path)
+    scan = read_source(pair.image)
     who, notes = _identity(scan, pair, description, row["split"])
     segmentation = combine(scan, _masks(pair, description), description, is_ct=who.modality == "ct")
     asked = ask(segmentation, description, who, job.options.rules, is_size_told=job.options.is_size_told)
@@ -218,22 +242,26 @@ def _identity(scan: Scan, pair: Pair, description: Description, split: str) -> t
 def _masks(pair: Pair, description: Description) -> Iterator[tuple[str, Scan]]:
     keys = [""] if description.is_label_map else [s.key for s in description.structures if s.key in pair.masks]
     for key in keys:
-        yield key, read_scan(pair.masks[key].path, is_labels=True)
+        try:
+            mask = read_source(pair.masks[key], is_labels=True)
+        except PhotonError as error:
+            fact = f"the mask {pair.masks[key].relative}: {error.fact}"
+            raise PhotonError(error.code, error.subject, fact, error.remedy) from error
+        yield key, mask
 
 
 def _put(scan: Scan, pair: Pair, folder: Path) -> None:
     """Put the scan into the data folder under its id.
 
-    A file that holds all of it is linked, or copied to another disk; what was read from several files, such as a
-    DICOM series with all that its headers tell, is written as NIfTI.
+    A file that holds all of it is linked, or copied to another disk; what was read from several files or from an
+    archive, such as a DICOM series with all that its headers tell, is written as NIfTI.
     """
     source = pair.image.path
     ending = scan_ending(source)
-    if source.is_dir() or ending not in WHOLE_FILES:
+    if pair.image.series or pair.image.member or ending not in WHOLE_FILES:
         write_scan(scan.array, scan.affine, folder / f"{pair.scan_id}.nii.gz")
         return
     target = folder / f"{pair.scan_id}{ending}"
-    target.unlink(missing_ok=True)
     try:
         os.link(source, target)
     except OSError:
@@ -244,9 +272,16 @@ def _same_everywhere(questions: Iterable[Question]) -> list[str]:
     """Questions asked of several scans that have one answer: a model can answer them without looking."""
     answers: dict[str, list[str]] = defaultdict(list)
     for question in questions:
-        if question.kind == "closed":
-            answers[question.question_id.removeprefix(f"{question.scan_id}.")].append(question.answer)
+        answers[_without_scan(question)].append(question.answer)
     return sorted(name for name, given in answers.items() if len(given) > 1 and len(set(given)) == 1)
+
+
+def _without_scan(question: Question) -> str:
+    return question.question_id.removeprefix(f"{question.scan_id}.")
+
+
+def _left_out(question: Question, reason: Reason) -> tuple[str, NotAsked]:
+    return question.scan_id, NotAsked(subtype=question.subtype, about=question.organ, reason=reason)
 
 
 def _counts(names: Iterable[str]) -> dict[str, int]:

@@ -29,6 +29,9 @@ WriteNames = Callable[[Any], Path]
 
 NAMES = {"1": "liver", "2": {"name": "tumour", "kind": "lesion"}}
 
+SAME = ["count-tumour", "existence-liver", "largest-diameter-liver", "mean-HU-liver", "mean-HU-tumour"]
+SAME += ["third-liver", "third-tumour"]
+
 
 def scene(size: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """CT values and labels [x, y, z] of 2 mm voxels: a liver of 20 x 20 x 20 voxels with a tumour of ``size``³."""
@@ -62,7 +65,7 @@ def test_data_folder_is_complete(tmp_path: Path, write_pair: WritePair, write_na
     assert questions["s2.mean-HU-tumour"].answer == "90 HU"  # CT, as the values tell: there is air
     assert record.num_questions == len(questions) == sum(record.num_questions_by_split.values())
     assert record.num_questions_by_subtype["existence"] == 6
-    assert record.same_everywhere == ["existence-liver", "third-liver", "third-tumour"]
+    assert record.same_everywhere == SAME
     assert json.loads((data / "raw" / "labels.json").read_text()) == {"liver": 1, "tumour": 2}
     rows = table(data / "raw" / "scans.csv")
     assert [(row["scan_id"], row["modality"], row["unit"], row["status"]) for row in rows] == [
@@ -74,6 +77,19 @@ def test_data_folder_is_complete(tmp_path: Path, write_pair: WritePair, write_na
         assert np.array_equal(read_scan(data / "raw" / "labels" / f"s{number}.nii").array, scene(size)[1])
         linked, source = data / "raw" / "images" / f"s{number}.nii", tmp_path / "images" / f"s{number}.nii"
         assert linked.read_bytes() == source.read_bytes()
+
+
+def test_questions_with_one_answer_may_be_left_out(
+    tmp_path: Path, write_pair: WritePair, write_names: WriteNames
+) -> None:
+    for number, size in enumerate((0, 5, 10)):
+        write_pair(f"s{number}", *scene(size))
+    record = make(tmp_path, write_names(NAMES), Options(drops_same=True))
+    names = {q.question_id.split(".")[1] for q in read_questions(tmp_path / "data" / "questions.jsonl")}
+    assert "existence-tumour" in names and "volume-tumour" in names
+    assert not names & set(record.same_everywhere)
+    assert record.same_everywhere == SAME
+    assert record.not_asked["same answer everywhere"] == 18
 
 
 def test_same_input_gives_the_same_bytes_with_any_number_of_workers(
@@ -105,6 +121,27 @@ def test_bad_scans_cost_themselves_alone(tmp_path: Path, write_pair: WritePair, 
     assert (record.num_scans, record.num_refused) == (1, 3)
     assert {question.scan_id for question in read_questions(tmp_path / "data" / "questions.jsonl")} == {"good"}
     assert sorted(path.name for path in (tmp_path / "data" / "raw" / "images").iterdir()) == ["good.nii"]
+
+
+def test_what_an_earlier_run_left_is_no_part_of_this_one(
+    tmp_path: Path, write_pair: WritePair, write_names: WriteNames
+) -> None:
+    write_pair("a", *scene(5))
+    write_pair("b", *scene(5))
+    names = write_names(NAMES)
+    make(tmp_path, names)
+    (tmp_path / "masks" / "b.nii").write_bytes(b"damaged")
+    make(tmp_path, names)
+    (row,) = (row for row in table(tmp_path / "data" / "raw" / "scans.csv") if row["scan_id"] == "b")
+    assert row["status"] == "FORMAT_UNSUPPORTED" or row["status"].startswith("SCAN_")
+    assert row["message"].startswith("the mask b.nii: ")
+    for part in ("images", "labels"):
+        assert [path.name for path in (tmp_path / "data" / "raw" / part).iterdir()] == ["a.nii"]
+    (tmp_path / "images" / "a.nii").rename(tmp_path / "images" / "c.nii")
+    (tmp_path / "masks" / "a.nii").rename(tmp_path / "masks" / "c.nii")
+    with pytest.raises(PhotonError) as caught:
+        make(tmp_path, names)
+    assert caught.value.code == "DATA_FOREIGN" and "a.nii" in caught.value.fact
 
 
 def test_a_mask_of_its_own_that_is_empty_says_no(tmp_path: Path, write_names: WriteNames) -> None:
@@ -166,6 +203,19 @@ def test_values_like_no_ct_are_of_unknown_modality(
     assert (row["modality"], row["unit"]) == ("ct", "")  # its rescaling was lost
     reasons = {row["reason"] for row in table(tmp_path / "data" / "raw" / "not_asked.csv")}
     assert "values are no HU" in reasons
+
+
+def test_scans_are_never_written_over(tmp_path: Path, write_pair: WritePair, write_names: WriteNames) -> None:
+    write_pair("a", *scene(5))
+    names = write_names(NAMES)
+    (tmp_path / "mine" / "raw").mkdir(parents=True)
+    (tmp_path / "images").rename(tmp_path / "mine" / "raw" / "images")
+    images = tmp_path / "mine" / "raw" / "images"
+    for output in (tmp_path / "mine", images, images / "data", tmp_path / "masks" / "data"):
+        with pytest.raises(PhotonError) as caught:
+            make_questions(images, tmp_path / "masks", names, output)
+        assert caught.value.code == "OUTPUT_MISPLACED"
+    assert (images / "a.nii").is_file()
 
 
 def test_nothing_to_pair_is_one_error(tmp_path: Path, write_pair: WritePair, write_names: WriteNames) -> None:
