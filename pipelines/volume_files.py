@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save as save_safetensors
 
 from photon.errors import PhotonError
 from pipelines.files import write_bytes
@@ -71,7 +70,6 @@ def write_slabs(
 ) -> VolumeRecord:
     """As :func:`write_volume` for voxels that come slab by slab (:func:`pipelines.voxel_codec.slabs_of`)."""
     packed, digest = _packed(slabs)
-    # One key alone: safetensors writes several metadata keys in random order.
     text = json.dumps(
         {
             "spec": spec.as_dict(),
@@ -83,11 +81,7 @@ def write_slabs(
         sort_keys=True,
         allow_nan=False,
     )
-    tensors = {f"slab{number:04d}": np.frombuffer(slab, np.uint8) for number, slab in enumerate(packed)}
-    # Tensors of one type are laid out by name: this one comes last.
-    tensors["whole_sha256"] = np.zeros(DIGEST_BYTES, np.uint8)
-    content = memoryview(save_safetensors(tensors, {METADATA_KEY: text}))[:-DIGEST_BYTES]
-    write_bytes(path, content, hashlib.sha256(content).digest())
+    write_bytes(path, *_with_digest([_header(packed, text), *packed]))
     return VolumeRecord(spec=spec, affine=affine, metadata=metadata, voxels_sha256=digest)
 
 
@@ -102,6 +96,26 @@ def _packed(slabs: Iterable[np.ndarray]) -> tuple[list[bytes], str]:
             hashed = beside.submit(digest.update, slab.data)
             packed.append(pack_slab(slab))
     return packed, digest.hexdigest()
+
+
+def _header(packed: list[bytes], text: str) -> bytes:
+    """The beginning of a safetensors file of these slabs and the checksum: its length and JSON."""
+    sizes = {f"slab{number:04d}": len(slab) for number, slab in enumerate(packed)} | {"whole_sha256": DIGEST_BYTES}
+    header: dict[str, Any] = {"__metadata__": {METADATA_KEY: text}}
+    end = 0
+    for name, size in sizes.items():
+        header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [end, end + size]}
+        end += size
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    return len(content).to_bytes(8, "little") + content
+
+
+def _with_digest(parts: list[bytes]) -> list[bytes]:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return [*parts, digest.digest()]
 
 
 def read_volume(path: Path, spec: VolumeSpec | None = None) -> Volume:
