@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
-from flows import cli_data, cli_model, cli_stages, cli_training  # noqa: F401 - importing them registers their commands
+from flows import cli_data, cli_model, cli_stages, cli_training, cli_versions  # noqa: F401 - registers their commands
 from flows.cli_support import COMMANDS, EXIT_ERROR, EXIT_FAULT, EXIT_OK
 from photon.errors import PhotonError
 

@@ -20,6 +20,7 @@ from flows.cli_support import (
     show_counts,
     show_results,
 )
+from flows.cli_versions import record_version
 from flows.progress import show_progress
 
 
@@ -106,12 +107,18 @@ def preprocess(
     prune: Annotated[
         bool, typer.Option("--prune", help="Delete volumes of scans that are gone or refused now.")
     ] = False,
+    record: Annotated[
+        bool | None,
+        typer.Option(
+            "--record/--no-record", help="Record a version of the folder that holds OUTPUT; default: where it has one."
+        ),
+    ] = None,
 ) -> None:
     """Bring a folder of scans onto one grid: orientation, spacing, size, window.
 
     Writes one .safetensors file for every scan that can be used and manifest.parquet with a row for every scan, refused
     or not. What is done and unchanged is not done again, also after the command was killed; two of them share the work.
-    Exit code 3 says that scans were refused.
+    A run into a folder of versioned data ends in a new version of it. Exit code 3 says that scans were refused.
 
     Example: `photon preprocess --input data/raw/images --output data/volumes`
     """
@@ -120,7 +127,7 @@ def preprocess(
 
     spec = choose(VOLUME_SPECS, preset)
     with show_progress("preprocess") as on_progress:
-        record = run_stage(
+        done = run_stage(
             input,
             output,
             spec,
@@ -130,16 +137,19 @@ def preprocess(
             num_workers=workers,
             is_pruning=prune,
         )
-    show_counts("scans", {"ok": record.num_ok} | record.refused_by_code)
+    show_counts("scans", {"ok": done.num_ok} | done.refused_by_code)
     show_results(
-        volumes=record.folder,
-        manifest=record.manifest,
-        made=f"{record.num_new} now, {record.num_unchanged} earlier and unchanged",
-        removed=f"{len(record.removed)} scans of the last manifest are gone",
-        without_row=f"{record.num_without_row} volumes of scans gone or refused"
-        + (" (--prune deletes them)" if record.num_without_row else ""),
+        volumes=done.folder,
+        manifest=done.manifest,
+        made=f"{done.num_new} now, {done.num_unchanged} earlier and unchanged",
+        removed=f"{len(done.removed)} scans of the last manifest are gone",
+        without_row=f"{done.num_without_row} volumes of scans gone or refused"
+        + (" (--prune deletes them)" if done.num_without_row else ""),
     )
-    if record.num_refused:
+    data = output.resolve().parent
+    if record or (record is None and data.with_name(f"{data.name}.dvc").is_file()):
+        record_version(data, is_tracked=True)
+    if done.num_refused:
         raise typer.Exit(EXIT_SOME_FAILED)
 
 

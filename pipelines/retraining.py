@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from photon.errors import PhotonError
+from pipelines.data_changes import record_data
 from pipelines.files import write_json
 from pipelines.provenance import environment_tags
 from pipelines.registry import RegisteredModel, register_model
@@ -28,7 +29,6 @@ from pipelines.retrain_spec import RetrainSpec
 from pipelines.run_summary import headline, summarise
 from pipelines.stages import Job, ShowProgress, content_digest, no_progress, open_job
 from pipelines.tracking import open_store
-from pipelines.versioning import version_folder
 
 Result = TypeVar("Result")
 Call = Callable[..., Any]
@@ -126,7 +126,7 @@ def preprocess_data(job: Job, spec: RetrainSpec) -> PreprocessRecord:
 def record_version(job: Job, spec: RetrainSpec) -> VersionRecord:
     """Version the data folder and tag every run with it. Never skipped: it tells whether the data changed."""
     with job.open_stage("version") as tracker:
-        record = version_folder(spec.data)
+        record, _ = record_data(spec.data, tracker)
         tracker.log_artifact(record.write(spec.output / "records" / "version.json"), "records")
     job.tag_all({"data_version": record.data_version})
     job.parent.log_dataset("data", record.data_version, f"{spec.data.name}.dvc")

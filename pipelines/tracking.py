@@ -14,7 +14,7 @@ import math
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from pipelines.provenance import code_version, environment_tags, is_process_aliv
 
 PARENT_TAG = "mlflow.parentRunId"
 PROCESS_TAG = "photon.process"
+TABLES_TAG = "mlflow.loggedArtifacts"
 FLUSH_AT = 200  # buffered metrics; one batch of them costs as much as about ten single calls
 MAX_PARAMETER_CHARACTERS = 6000
 
@@ -44,6 +45,12 @@ class Tracker(Protocol):
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """A file, or a folder with what it holds, copied under ``folder`` of the run's artifacts."""
 
+    def log_table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        """A table of equally long columns, shown as one by the store's pages."""
+
+    def log_dataset(self, name: str, version: str, source: str) -> None:
+        """The data the run used: a name, its DVC version (at most 36 characters) and its pointer file."""
+
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """Short strings to search runs by."""
 
@@ -62,6 +69,10 @@ class NullTracker:
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None: ...
 
+    def log_table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None: ...
+
+    def log_dataset(self, name: str, version: str, source: str) -> None: ...
+
     def log_tags(self, tags: Mapping[str, str]) -> None: ...
 
     def finish(self, status: str = "FINISHED") -> None: ...
@@ -75,6 +86,8 @@ class MemoryTracker:
     steps: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     summary: dict[str, float] = field(default_factory=dict)
     artifacts: list[tuple[Path, str | None]] = field(default_factory=list)
+    tables: dict[str, dict[str, Sequence[Any]]] = field(default_factory=dict)
+    datasets: list[tuple[str, str, str]] = field(default_factory=list)
     tags: dict[str, str] = field(default_factory=dict)
     status: str = "RUNNING"
 
@@ -89,6 +102,12 @@ class MemoryTracker:
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         self.artifacts.append((path, folder))
+
+    def log_table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        self.tables[name] = dict(columns)
+
+    def log_dataset(self, name: str, version: str, source: str) -> None:
+        self.datasets.append((name, version, source))
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         self.tags.update(tags)
@@ -130,6 +149,15 @@ class MlflowTracker:
         else:
             self.client.log_artifact(self.run_id, str(path), folder)
 
+    def log_table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        # As MLflow's own log_table writes it, which would load the rows into pandas and append to an earlier table.
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        self.client.log_dict(self.run_id, {"columns": list(columns), "data": rows}, f"{name}.json")
+        listed = json.loads(self.client.get_run(self.run_id).data.tags.get(TABLES_TAG, "[]"))
+        entry = {"path": f"{name}.json", "type": "table"}
+        if entry not in listed:
+            self.client.set_tag(self.run_id, TABLES_TAG, json.dumps([*listed, entry]))
+
     def log_tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
@@ -137,7 +165,6 @@ class MlflowTracker:
             self.client.log_batch(self.run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
 
     def log_dataset(self, name: str, version: str, source: str) -> None:
-        """The data the run used: a name, its DVC version (at most 36 characters) and its pointer file."""
         from mlflow.entities import Dataset, DatasetInput
 
         described = json.dumps({"pointer": source})

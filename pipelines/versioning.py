@@ -134,9 +134,14 @@ def _listing(files: list[dict[str, str]]) -> bytes:
     return json.dumps(files, sort_keys=True).encode()
 
 
+def cache_folder(project: Path) -> Path:
+    """Where DVC keeps the bytes of a project's versions unless it is told otherwise."""
+    return project / ".dvc" / "cache" / "files" / "md5"
+
+
 def _is_cached(project: Path, files: list[dict[str, str]], version: str) -> bool:
     """Whether DVC's cache has the listing and every file; a cache kept elsewhere counts as lacking them."""
-    cache = project / ".dvc" / "cache" / "files" / "md5"
+    cache = cache_folder(project)
     return all((cache / md5[:2] / md5[2:]).is_file() for md5 in (version, *(file["md5"] for file in files)))
 
 

@@ -1,0 +1,176 @@
+"""What changed between versions of the data, and back to an older one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from photon.errors import PhotonError
+from pipelines.data_changes import changes_between, count_changes, record_data
+from pipelines.manifest import SCHEMA, read_manifest
+from pipelines.old_versions import find_version, list_versions, restore_version
+from pipelines.preprocess import preprocess
+from pipelines.scans.nifti import write_scan
+from pipelines.tracking import MemoryTracker, NullTracker, open_store, tracked_run
+from pipelines.versioning import cache_folder, folder_version, read_version
+from pipelines.volumes import VolumeSpec
+
+SPEC = VolumeSpec(spacing_mm=6.0, shape=(14, 28, 28), window_hu=(-200, 300))
+
+
+def put_scan(path: Path, seed: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.random.RandomState(seed).randint(-900, 900, (12, 13, 14)).astype(np.int16)
+    write_scan(array, np.diag([4.0, 4.0, 5.0, 1.0]), path)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "project" / "data"
+    for seed, name in enumerate(("kept", "redone", "removed", "breaks")):
+        put_scan(folder / "raw" / f"{name}.nii", seed)
+    (folder / "raw" / "mended.nii").write_bytes(b"no scan yet")
+    return folder
+
+
+def run(data: Path, tracker: MemoryTracker) -> tuple[str, pl.DataFrame]:
+    preprocess(data / "raw", data / "volumes", SPEC, is_pruning=True)
+    record, changes = record_data(data, tracker)
+    return record.data_version, changes
+
+
+def change(data: Path) -> None:
+    """Add, remove, redo, break and mend scans."""
+    put_scan(data / "raw" / "deep" / "added.nii", 7)
+    put_scan(data / "raw" / "redone.nii", 8)
+    put_scan(data / "raw" / "mended.nii", 9)
+    (data / "raw" / "removed.nii").unlink()
+    breaks = data / "raw" / "breaks.nii"
+    breaks.write_bytes(breaks.read_bytes()[:1000])
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".tmp"))
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_a_run_tells_what_changed_and_an_older_version_comes_back(data: Path) -> None:
+    first_tracker, second_tracker = MemoryTracker(), MemoryTracker()
+    first, changes = run(data, first_tracker)
+    assert count_changes(changes) == {"added": 4, "removed": 0, "redone": 0, "refused": 1}
+    before = contents(data)
+    manifest = read_manifest(data / "volumes" / "manifest.parquet")
+    change(data)
+    second, changes = run(data, second_tracker)
+    after = contents(data)
+    assert dict(changes.select("scan_id", "change").iter_rows()) == {
+        "added": "added",
+        "mended": "added",
+        "removed": "removed",
+        "redone": "redone",
+        "breaks": "refused",
+    }
+    redone = changes.row(by_predicate=pl.col("scan_id") == "redone", named=True)
+    assert (
+        redone["volume_sha256_before"]
+        == manifest.row(by_predicate=pl.col("scan_id") == "redone", named=True)["volume_sha256"]
+    )
+    assert redone["volume_sha256"] != redone["volume_sha256_before"]
+    assert second_tracker.tables["changes"]["change"] == changes["change"].to_list()
+    assert second_tracker.summary == {"scans_added": 2, "scans_removed": 1, "scans_redone": 1, "scans_refused": 1}
+    assert second_tracker.datasets == [("data", second, "data.dvc")]
+
+    assert {old.version for old in list_versions(data)} == {first, second}
+    assert [old.version for old in list_versions(data) if old.is_current] == [second]
+    assert find_version(data, first[:12]) == first
+    restore_version(data, first)
+    assert contents(data) == before
+    assert read_version(data.with_name("data.dvc")) == first == folder_version(data)
+    # Nothing has to be done again, and the version is recorded already.
+    record = preprocess(data / "raw", data / "volumes", SPEC, is_pruning=True)
+    assert (record.num_new, record.num_unchanged) == (0, 4)
+    assert record_data(data, NullTracker())[0].status == "matches"
+    restore_version(data, second)
+    assert contents(data) == after
+    assert count_changes(changes_between(data, second, first)) == {"added": 2, "removed": 1, "redone": 1, "refused": 1}
+    assert changes_between(data, first, first).is_empty()
+
+
+def test_restored_data_is_what_dvc_expects(data: Path) -> None:
+    first, _ = run(data, MemoryTracker())
+    pointer = data.with_name("data.dvc").read_bytes()
+    change(data)
+    run(data, MemoryTracker())
+    restore_version(data, first)
+    assert data.with_name("data.dvc").read_bytes() == pointer
+
+
+def test_what_is_in_no_version_is_not_lost(data: Path) -> None:
+    first, _ = run(data, MemoryTracker())
+    change(data)
+    with pytest.raises(PhotonError, match="DATA_UNRECORDED"):
+        restore_version(data, first)
+    assert (data / "raw" / "deep" / "added.nii").exists() and not (data / "raw" / "removed.nii").exists()
+    restore_version(data, first, is_forced=True)
+    assert folder_version(data) == first
+    # Started again after a kill in the middle: what is missing comes back without force.
+    (data / "raw" / "kept.nii").unlink()
+    restore_version(data, first)
+    assert folder_version(data) == first
+
+
+def test_rotten_caches_restore_nothing(data: Path) -> None:
+    first, _ = run(data, MemoryTracker())
+    (old,) = [
+        file for file in cache_folder(data.parent).rglob("*") if file.is_file() and file.read_bytes() == b"no scan yet"
+    ]
+    change(data)
+    run(data, MemoryTracker())
+    old.chmod(0o644)
+    old.write_bytes(b"no scan yes")
+    with pytest.raises(PhotonError, match="VERSION_INCOMPLETE"):
+        restore_version(data, first)
+    assert (data / "raw" / "mended.nii").stat().st_size > 100
+    old.unlink()
+    with pytest.raises(PhotonError, match="VERSION_INCOMPLETE"):
+        restore_version(data, first)
+    listing = cache_folder(data.parent) / first[:2] / first[2:]
+    listing.chmod(0o644)
+    listing.write_bytes(listing.read_bytes().replace(b"raw/kept.nii", b"../kept0.nii"))
+    with pytest.raises(PhotonError, match="VERSION_UNKNOWN"):
+        restore_version(data, first)
+    for start in ("", "zz"):
+        with pytest.raises(PhotonError, match="VERSION_UNKNOWN"):
+            find_version(data, start)
+
+
+def test_the_table_reaches_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")  # MLflow changes it by itself
+    columns = {"scan_id": ["a", "b"], "change": ["added", "removed"]}
+    store = open_store()
+    with tracked_run(store, "record") as tracker:
+        tracker.log_table("changes", columns)
+        tracker.log_table("others", columns)
+        tracker.log_table("others", columns)
+    ours = store.client.download_artifacts(tracker.run_id, "changes.json")
+    with tracked_run(store, "as MLflow does it") as other:
+        store.client.log_table(other.run_id, columns, "changes.json")
+        store.client.download_artifacts(other.run_id, "changes.json", str(tmp_path))
+    theirs = tmp_path / "changes.json"
+    assert json.loads(Path(ours).read_text()) == json.loads(theirs.read_text())
+    tags = [store.client.get_run(run.run_id).data.tags["mlflow.loggedArtifacts"] for run in (tracker, other)]
+    assert json.loads(tags[0])[:1] == json.loads(tags[1]) and len(json.loads(tags[0])) == 2
+
+
+def test_manifests_without_columns_of_today_can_be_compared(data: Path) -> None:
+    first, _ = run(data, MemoryTracker())
+    path = data / "volumes" / "manifest.parquet"
+    pl.read_parquet(path).drop("notes", "min_hu").write_parquet(path)
+    second = record_data(data, NullTracker())[0].data_version
+    assert first != second and "notes" in SCHEMA
+    assert changes_between(data, first, second).is_empty()
