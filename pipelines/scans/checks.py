@@ -28,7 +28,8 @@ EXPORT_AGAIN = "Export the scan again from its source."
 
 Trust = Literal["sform", "pixdim"]
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
+"""Values that stay in the processor's cache while they are worked on."""
 
 
 def check_grid(shape: Sequence[int], path: Path, max_voxels: int = MAX_VOXELS) -> None:
@@ -98,10 +99,11 @@ def scaled(
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Stored values -> int16 where slope and intercept leave whole numbers that fit, else float32.
 
-    Beside its argument it takes the memory of its result alone, and none where nothing has to be done.
+    Beside its argument it takes the memory of its result alone, and none where both are of one type: then the argument
+    becomes the result.
 
     Args:
-        raw: [n], numbers in the machine's byte order.
+        raw: [n], numbers in the machine's byte order; overwritten where that saves memory.
         is_labels: the values are labels: they may all be the same.
 
     Returns:
@@ -118,14 +120,14 @@ def scaled(
         fact = f"its values run from {ends[0]:g} to {ends[1]:g}."
         raise PhotonError("SCALING_INVALID", path, fact, EXPORT_AGAIN)
     notes: tuple[str, ...] = ()
-    if raw.itemsize == 1 and not is_labels and np.count_nonzero(np.bincount(raw.view(np.uint8))) < MANY_GREYS:
+    if raw.itemsize == 1 and not is_labels and _num_8bit_values(raw) < MANY_GREYS:
         notes = ("few 8-bit values: it may be a label map rather than a scan",)
     is_whole = raw.dtype.kind in "iu" and slope == 1.0 and float(intercept).is_integer()
     target = np.dtype(np.int16 if is_whole and ends[0] >= -32768 and ends[1] <= 32767 else np.float32)
     is_kept = slope == 1.0 and intercept == 0.0
     if is_kept and raw.dtype == target:
         return raw, notes
-    values = np.empty(raw.shape, target)
+    values = raw if raw.dtype == target else np.empty(raw.shape, target)
     for start in range(0, raw.size, _BLOCK):
         block = raw[start : start + _BLOCK]
         if not is_kept:
@@ -181,6 +183,13 @@ def bad_affine(path: Path, fact: str) -> PhotonError:
 def shown(values: Sequence[float]) -> tuple[float, ...]:
     """Numbers for a message: four digits."""
     return tuple(float(f"{value:.4g}") for value in values)
+
+
+def _num_8bit_values(raw: np.ndarray) -> int:
+    counts = np.zeros(256, np.int64)
+    for start in range(0, raw.size, _BLOCK):
+        counts += np.bincount(raw[start : start + _BLOCK].view(np.uint8), minlength=256)
+    return int(np.count_nonzero(counts))
 
 
 def _extent(raw: np.ndarray, path: Path) -> tuple[float, float]:

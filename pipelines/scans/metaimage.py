@@ -70,8 +70,9 @@ def read_metaimage(path: Path, *, max_voxels: int = MAX_VOXELS, is_labels: bool 
         if name.upper() == "LOCAL":
             raw, sha256 = _read_voxels(stream, header, dtype, math.prod(shape))
         else:
-            stream.finish()
-            with ScanStream(data_file(path, name), stream.digest) as data:
+            voxels_path = data_file(path, name)
+            stream.skip(stream.bytes_left())
+            with ScanStream(voxels_path, stream.digest) as data:
                 raw, sha256 = _read_voxels(data, header, dtype, math.prod(shape))
     values, notes = scaled(raw, slope, intercept, path, is_labels=is_labels)
     return make_scan(

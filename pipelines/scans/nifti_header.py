@@ -104,8 +104,8 @@ def checked_affine(
         check_spacing(pixdim, path)
     check_matrix(affine, path, with_lengths=trust != "pixdim")
     lengths = [column_length(affine, axis) for axis in range(3)]
-    # Written so that a NaN differs.
-    if not all(abs(a - b) <= MAX_SPACING_MISMATCH * b for a, b in zip(lengths, pixdim, strict=True)):
+    # Written so that what is not finite differs.
+    if not all(abs(a - b) <= MAX_SPACING_MISMATCH * a for a, b in zip(lengths, pixdim, strict=True)):
         fact = f"its matrix says {shown(lengths)} mm a voxel, its spacing {shown(pixdim)}"
         if trust is None:
             remedy = "Find out which is right and say so: --trust sform or --trust pixdim."
@@ -117,7 +117,8 @@ def checked_affine(
         notes.append("the header records no orientation: left and right are assumed as in Analyze files (LAS)")
     if qform is not None:
         ends = np.array([[0, 0, 0, 1], [*(int(n) - 1 for n in header["dim"][1:4]), 1]], np.float64)
-        distance_mm = float(np.abs((np.array(best) - qform)[:3] @ ends.T).max()) * unit_mm
+        with np.errstate(invalid="ignore"):
+            distance_mm = float(np.abs((np.array(best) - qform)[:3] @ ends.T).max()) * unit_mm
         if not distance_mm <= MAX_QFORM_DISTANCE_MM:  # also when it is NaN
             notes.append(f"qform and sform differ by up to {distance_mm:.1f} mm: sform is used")
     return affine

@@ -71,8 +71,9 @@ def read_nrrd(path: Path, *, max_voxels: int = MAX_VOXELS, is_labels: bool = Fal
         if name is None:
             raw, sha256 = _read_voxels(stream, fields, dtype, math.prod(shape))
         else:
+            voxels_path = data_file(path, name)
             stream.skip(stream.bytes_left())
-            with ScanStream(data_file(path, name), stream.digest) as data:
+            with ScanStream(voxels_path, stream.digest) as data:
                 raw, sha256 = _read_voxels(data, fields, dtype, math.prod(shape))
     values, value_notes = scaled(raw, 1.0, 0.0, path, is_labels=is_labels)
     return make_scan(values.reshape(shape, order="F"), affine, path=path, sha256=sha256, notes=(*notes, *value_notes))
