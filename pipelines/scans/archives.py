@@ -28,6 +28,9 @@ from pipelines.scans.tar_source import TAR_BLOCK, PlainFile, TarSource
 
 MAX_ENTRIES = 200_000
 MAX_TOTAL_BYTES = 1 << 40
+MAX_COMPRESSED_TAR_BYTES = 1 << 33
+"""A compressed tar is read from its start for every scan taken out of it."""
+
 MAX_MEMBER_BYTES = 1 << 33
 MAX_NAME = 1024
 DICOM_START = 132
@@ -159,6 +162,7 @@ class _Quota:
 
     def __init__(self, path: Path) -> None:
         self._path, self._num_entries, self._num_bytes = path, 0, 0
+        self._max_bytes = MAX_COMPRESSED_TAR_BYTES if is_compressed_tar(path.name) else MAX_TOTAL_BYTES
         self._names: set[str] = set()
 
     def entry(self, name: str, size: int, stored_size: int | None = None) -> str:
@@ -167,8 +171,8 @@ class _Quota:
         self._num_bytes += size
         if self._num_entries > MAX_ENTRIES:
             self._refuse(f"it has more than {MAX_ENTRIES} entries.")
-        if size > MAX_MEMBER_BYTES or self._num_bytes > MAX_TOTAL_BYTES:
-            self._refuse(f"its entries declare {self._num_bytes} bytes, {size} in one of them.")
+        if size > MAX_MEMBER_BYTES or self._num_bytes > self._max_bytes:
+            self._refuse(f"its entries declare {self._num_bytes} bytes or more, {size} in one of them.")
         if stored_size is not None and size > MAX_UNPROVEN_BYTES and size > stored_size * MAX_LARGE_RATIO:
             self._refuse(f"an entry of {stored_size} bytes claims to hold {size}.")
         return _checked_name(name, self._path)
