@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -94,7 +95,10 @@ def generate(
 
 @command
 def preprocess(
-    input: Annotated[Path, typer.Option(help="Folder of scans, searched with its sub-folders.")],
+    input: Annotated[
+        Path,
+        typer.Option(help="Folder of scans, searched with its sub-folders and archives; or a .tar, .tar.gz or .zip."),
+    ],
     output: Annotated[Path, typer.Option(help="Folder for the volumes and manifest.parquet.")],
     preset: Annotated[str, typer.Option(help="Grid: demo, smoke, iso1mm or photon.")] = "demo",
     modality: Modality = "auto",
@@ -107,6 +111,9 @@ def preprocess(
     prune: Annotated[
         bool, typer.Option("--prune", help="Delete volumes of scans that are gone or refused now.")
     ] = False,
+    runner: Annotated[str, typer.Option(help="What does the scans: processes here, dask or ray.")] = "processes",
+    scans_per_task: Annotated[int, typer.Option(min=1, help="With dask or ray: scans handed out at once.")] = 32,
+    address: Annotated[str | None, typer.Option(help="A running Dask or Ray cluster that sees the same files.")] = None,
     record: Annotated[
         bool | None,
         typer.Option(
@@ -122,9 +129,14 @@ def preprocess(
 
     Example: `photon preprocess --input data/raw/images --output data/volumes`
     """
-    from pipelines.preprocess import preprocess as run_stage
     from pipelines.volumes import VOLUME_SPECS
 
+    if runner == "processes":
+        from pipelines.preprocess import preprocess as run_stage
+    else:
+        from flows.preprocess import run_preprocess
+
+        run_stage = functools.partial(run_preprocess, runner=runner, scans_per_task=scans_per_task, address=address)
     spec = choose(VOLUME_SPECS, preset)
     with show_progress("preprocess") as on_progress:
         done = run_stage(
@@ -178,7 +190,10 @@ def export(
 
 @command
 def score(
-    archive: Annotated[Path, typer.Option(help="Folder of scans, searched with its sub-folders.")],
+    archive: Annotated[
+        Path,
+        typer.Option(help="Folder of scans, searched with its sub-folders and archives; or a .tar, .tar.gz or .zip."),
+    ],
     questions: Annotated[Path, typer.Option(help="JSON lines file; scan_id * asks every scan.")],
     model: Annotated[str, typer.Option(help="Export folder, or models:/photon@champion.")],
     output: Annotated[Path, typer.Option(help="Folder for scores.parquet.")] = Path("out/score"),
