@@ -271,3 +271,13 @@ def test_claims_end_with_their_holder(tmp_path: Path) -> None:
             assert is_ours
     with share_folder(tmp_path, "ours"):
         pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere claims hold between processes alone")
+def test_claims_hold_between_threads(tmp_path: Path) -> None:
+    with claim(tmp_path, "a") as is_ours, claim(tmp_path, "a") as is_another:
+        assert (is_ours, is_another) == (True, False)
+        with claim(tmp_path, "b") as is_other:
+            assert is_other
+        with claim(tmp_path, "a") as is_still_held:
+            assert not is_still_held
