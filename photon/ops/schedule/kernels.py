@@ -35,7 +35,7 @@ def _signed_log(x):
     size = tl.abs(x)
     above = 1.0 + size
     is_lost = above == 1.0
-    log = tl.where(is_lost, size, tl.log(above) * tl.div_rn(size, tl.where(is_lost, 1.0, above - 1.0)))
+    log = tl.where(is_lost, size, tl.log(above) * (size / tl.where(is_lost, 1.0, above - 1.0)))
     return tl.where(x < 0, -log, log)
 
 
