@@ -30,13 +30,16 @@ def question_vector(q: Tensor, k: Tensor, valid: Tensor) -> Tensor:
     """
     num_heads, num_key_heads, head_dim = q.shape[2], k.shape[2], q.shape[3]
     share = num_heads // num_key_heads
-    q, k = q.float().unflatten(2, (num_key_heads, share)), k.float()
+    q = q.float().unflatten(2, (num_key_heads, share))
+    # What lies behind a question may be NaN, so it is taken out of the keys, the sums and the queries one by one; that
+    # is cheaper than out of the products.
+    k = torch.where(valid[:, :, None, None], k.float(), 0.0)
     # [B, G, d, s * Q] with the heads s of a key head side by side: one product of matrices a key head.
     queries = q.permute(0, 2, 3, 1, 4).flatten(2, 3).transpose(2, 3)
     products = (k.transpose(1, 2) @ queries).unflatten(3, (share, q.shape[1]))
-    others = valid[:, :, None] & valid[:, None, :] & ~torch.eye(q.shape[1], dtype=torch.bool, device=q.device)
-    answered = torch.where(others[:, None, :, None], products.relu(), 0.0)
-    centrality = answered.sum((1, 2, 3)) / (num_heads * head_dim**0.5)
+    others = 1.0 - torch.eye(q.shape[1], device=q.device)
+    answered = (products.relu() * others[:, None]).sum((1, 2, 3))
+    centrality = torch.where(valid, answered / (num_heads * head_dim**0.5), 0.0)
     weights = centrality / centrality.sum(-1, keepdim=True).clamp_min(1.0)
     asked = torch.where(valid[:, :, None, None], q.sum(3), 0.0)
     z = (weights[:, None] @ asked.flatten(2)).squeeze(1).unflatten(1, (num_key_heads, head_dim))
