@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from photon.ops.backend import is_interpreted
 from photon.ops.surrogate import reference
 from photon.ops.surrogate.op import Places
 
@@ -32,7 +33,9 @@ def pack_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The registered operator's contract."""
     grad, context = _dense_rows(grad), _dense_rows(context)
-    grad_context, grad_branch = grad.new_empty(context.shape), grad.new_empty(branch.shape)
+    # Triton's interpreter cuts off digits where a GPU rounds to bfloat16: there PyTorch does it.
+    dtype = torch.float32 if is_interpreted() and grad.dtype == torch.bfloat16 else grad.dtype
+    grad_context, grad_branch = grad.new_empty(context.shape, dtype=dtype), grad.new_empty(branch.shape)
     shape = (0, 0) if p is None else p.shape
     alignment, magnitude, grad_p = (grad.new_empty(shape, dtype=torch.float32) for _ in range(3))
     num_rows, width = context.shape[0] + branch.shape[0], grad.shape[1]
@@ -81,7 +84,7 @@ def pack_backward(
             num_warps=min(max(block // 256, 1), 16),
             enable_fp_fusion=False,
         )
-    return grad_context, grad_branch, grad_p
+    return grad_context.to(grad.dtype), grad_branch, grad_p
 
 
 def _dense_rows(x: Tensor) -> Tensor:
