@@ -12,7 +12,7 @@ from torch import Tensor
 
 from photon.ops.backend import is_interpreted
 from photon.ops.surrogate import reference
-from photon.ops.surrogate.op import Places
+from photon.ops.surrogate.reference import Places
 
 TILE = 16
 """Branches whose output rows are looked up together."""

@@ -7,7 +7,7 @@ gradient built from how the loss reacts to that token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,24 +17,7 @@ from photon.ops.compaction.op import move
 from photon.ops.layout import Layout
 from photon.ops.selection.op import Selection
 from photon.ops.surrogate import reference
-
-
-class Places(NamedTuple):
-    """Where rows went: the tensors of a selection and of its layout that backward needs."""
-
-    rows: Tensor
-    positions: Tensor
-    branch_rows: Tensor
-    entry_starts: Tensor
-    context_starts: Tensor
-    first_pairs: Tensor
-    pair_branch: Tensor
-    pair_starts: Tensor
-    pair_lengths: Tensor
-    context_slots: Tensor
-    row_context: Tensor
-    branch_bounds: Tensor
-    branches: Tensor
+from photon.ops.surrogate.reference import Places
 
 
 def pack(

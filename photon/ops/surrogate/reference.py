@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from photon.ops.compaction import reference as compaction
-
-if TYPE_CHECKING:
-    from photon.ops.surrogate.op import Places
 
 SIGMA_FLOOR = 3e-3
 STANDARDISED_LIMIT = 1.5
@@ -18,6 +15,24 @@ MAGNITUDE_FLOOR = 1e-6
 MAGNITUDE_RANGE = (0.5, 2.0)
 SLOPE_FLOOR = 5e-3
 GAIN = 0.8
+
+
+class Places(NamedTuple):
+    """Where rows went: the tensors of a selection and of its layout that backward needs."""
+
+    rows: Tensor
+    positions: Tensor
+    branch_rows: Tensor
+    entry_starts: Tensor
+    context_starts: Tensor
+    first_pairs: Tensor
+    pair_branch: Tensor
+    pair_starts: Tensor
+    pair_lengths: Tensor
+    context_slots: Tensor
+    row_context: Tensor
+    branch_bounds: Tensor
+    branches: Tensor
 
 
 def pack_backward(

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from photon.ops.layout import Layout
 from photon.ops.selection.op import Selection, select_rows
-from photon.ops.surrogate.op import Places, pack
-from photon.ops.surrogate.reference import probability_gradient
+from photon.ops.surrogate.op import pack
+from photon.ops.surrogate.reference import Places, probability_gradient
 from photon.testing import poisoned_memory, ragged_layouts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
