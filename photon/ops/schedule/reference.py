@@ -133,6 +133,8 @@ def schedule(
     num_columns = u.shape[1]
     if num_columns == 0:  # reductions want an entry
         u = u.new_zeros(u.shape[0], 1)
+    # Sums over a row take another order with other strides.
+    u = u.contiguous()
     valid = torch.arange(u.shape[1], device=u.device) < lengths[:, None]
     decision, descriptor = decide(u, valid, weights, scale=scale, temperature=temperature, min_tokens=min_tokens)
     tables = (x[:, :num_columns] if x.ndim == 2 else x for x in decision)
