@@ -71,7 +71,8 @@ def saliency(
     """Raw scores float32 [S, N] of packed branches; see :func:`photon.ops.saliency.op.saliency`."""
     # A masked NaN of another branch would still be NaN times zero: padding repeats a row of the question itself.
     rows, asked = _ranges(own_starts, question_lengths, longest_question, q.shape[0])
-    z = question_vector(*(x.index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in (q, k)), asked)
+    questions, answers = (x.index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in (q, k))
+    z = question_vector(questions, answers, asked)
     columns, valid = _ranges(pair_starts, pair_lengths, num_columns, keys.shape[0])
     return torch.where(valid, scores(z, keys)[pair_branch[:, None], columns], 0.0)
 
