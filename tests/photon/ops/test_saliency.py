@@ -150,6 +150,7 @@ def test_nan_stays_in_its_question_and_its_scan(backend: str) -> None:
     found = run(layout, (q, k, keys), backend)
     assert torch.equal(found[0], clean[0])
     assert bool(found[1, :3].isnan().all()) and bool(found[2].isnan().all())
+    assert not found[1, 3:].any(), "padding is 0 all the same"
     q, k, keys = inputs(layout)
     keys[1] = torch.nan
     found = run(layout, (q, k, keys), backend)
@@ -169,15 +170,16 @@ def test_empty_and_lone_questions_look_for_nothing(backend: str) -> None:
 
 def test_scores_of_the_kernel_do_not_depend_on_the_batch() -> None:
     """The same bits alone, beside others and in another place."""
-    layout = LAYOUTS["many widths"]
+    questions, widths = (3, 33, 2), (5, 40, 33)
+    layout = Layout.build(widths, [[(0, width)] for width in widths], questions, questions, range(3))
     q, k, keys = inputs(layout)
     together = run(layout, (q, k, keys), "triton")
-    for pair in (3, 7):
-        rows = slice(int(layout.own_starts[pair]), int(layout.own_starts[pair] + layout.own_lengths[pair]))
-        start, length = int(layout.pair_starts[pair]), int(layout.pair_lengths[pair])
-        alone = Layout.build([length], [[(0, length)]], [QUESTIONS[pair]], [QUESTIONS[pair]], [0])
-        found = run(alone, (q[rows], k[rows], keys[start : start + length]), "triton")
-        assert torch.equal(found[0], together[pair, :length])
+    for pair, width in enumerate(widths):
+        own = slice(int(layout.own_starts[pair]), int(layout.own_starts[pair]) + questions[pair])
+        start = int(layout.pair_starts[pair])
+        alone = Layout.build([width], [[(0, width)]], questions[pair : pair + 1], questions[pair : pair + 1], [0])
+        found = run(alone, (q[own], k[own], keys[start : start + width]), "triton")
+        assert torch.equal(found[0], together[pair, :width])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
