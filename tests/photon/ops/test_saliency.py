@@ -10,7 +10,7 @@ from torch import Tensor
 
 from photon.ops.layout import Layout
 from photon.ops.saliency.op import saliency
-from photon.ops.saliency.reference import BLOCK_ROWS, scores
+from photon.ops.saliency.reference import BLOCK_ROWS, padded, scores
 from photon.testing import poisoned_memory, ragged_layouts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,6 +108,16 @@ def test_agrees_with_the_formula(name: str) -> None:
     # A few roundings of what is added up, beside those that the reference has too.
     ulps = torch.finfo(torch.float32).eps * size
     assert bool((errors[1] <= 2 * errors[0] + 4 * ulps).all())
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_without_a_look_at_the_ranges(name: str) -> None:
+    """What runs on a GPU in plain PyTorch, on any device."""
+    layout = LAYOUTS[name].to(DEVICE)
+    columns, longest = layout.num_columns, layout.longest_question
+    places = (layout.own_starts, layout.question_lengths, layout.pair_branch, layout.pair_starts, layout.pair_lengths)
+    found = padded(*inputs(LAYOUTS[name]), *places, columns, longest)
+    torch.testing.assert_close(found, run(layout, inputs(LAYOUTS[name]), "reference"), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
