@@ -147,14 +147,21 @@ def test_the_minimum(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_score_that_is_not_finite_steers_nothing(backend: str, bad: float) -> None:
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38, -1e20])
+def test_a_score_that_is_not_usable_steers_nothing(backend: str, bad: float) -> None:
     found, clean = run([[1.0, bad, 3.0, 5.0]], backend), run([[1.0, 3.0, 5.0]], backend)
     others = [0, 2, 3]
     assert not bool(found.keep[0, 1]) and not bool(found.p[0, 1]) and not bool(found.u[0, 1])
     for name in ("u", "rho", "p", "keep"):
         assert torch.equal(getattr(found, name)[:, others], getattr(clean, name)), name
     assert torch.equal(found.theta, clean.theta)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_over_huge_scores_stay_finite(backend: str) -> None:
+    found = run([[9e15, -9e15, 0.0], [3e38, -3e38, 1e30]], backend, min_tokens=2)
+    assert all(bool(x.isfinite().all()) for x in found)
+    assert found.keep.tolist() == [[True, False, True], [True, True, False]]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
