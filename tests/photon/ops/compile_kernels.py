@@ -116,14 +116,14 @@ def selection_cases() -> list[Case]:
     return [
         Case(
             kernel=selection.select_kernel,
-            types=(*tables, *numbers),
+            types=(*tables, *("i32",) * 5),
             constants={"BRANCHES": branches, "CHUNK": selection.CHUNK, "PAIRS": pairs, "COLUMNS": columns},
             options={"num_warps": 8},
             label=f"{branches} questions",
         )
-        for branches, pairs, columns, numbers in (
-            (1, 1, 4096, ("i32", "i32", 1, 1, "i32")),
-            (64, 4, 1024, ("i32",) * 5),
+        for branches, pairs, columns in (
+            (1, 1, 4096),
+            (64, 4, 1024),
         )
     ]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from photon.errors import PhotonError
 from photon.ops.layout import Layout
 from photon.ops.selection.op import Selection, select_rows
+from photon.ops.selection.reference import Places
 from photon.testing import poisoned_memory, ragged_layouts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -123,6 +124,14 @@ def test_chunks_of_the_kernel(name: str, chunk: int, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_without_flags_nothing_is_visual(backend: str) -> None:
+    layout = ragged_layouts()["two volumes of different sizes"]
+    found = select_rows(None, layout.to(DEVICE), backend=backend)
+    assert found.rows.tolist() == [*range(12), 12, 13, *range(12), 14]
+    assert found.slots.tolist() == [-1] * 27
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_flags(backend: str) -> None:
     layout = ragged_layouts()["branches in any order of contexts"]
     keep = flags(layout, "some")
@@ -139,18 +148,8 @@ def buffers(layout: Layout, keep: Tensor | None, implementation: str) -> tuple[T
 
 def arguments(layout: Layout, keep: Tensor | None) -> tuple[object, ...]:
     layout = layout.to(DEVICE)
-    return (
-        None if keep is None else keep.to(DEVICE),
-        layout.context_starts,
-        layout.context_lengths,
-        layout.own_starts,
-        layout.own_lengths,
-        layout.first_pairs,
-        layout.pair_starts,
-        layout.pair_lengths,
-        layout.context_slots,
-        layout.num_entries,
-    )
+    places = [getattr(layout, name) for name in Places._fields]
+    return None if keep is None else keep.to(DEVICE), places, layout.num_entries
 
 
 @pytest.mark.parametrize("name", ragged_layouts())
