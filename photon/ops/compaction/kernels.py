@@ -40,18 +40,19 @@ def compact(contexts: Sequence[Tensor], branches: Sequence[Tensor], rows: Tensor
         return outputs
     # Words, and what a thread takes at once, are as wide as every address and every distance allows.
     word = min(alignment, max(WORDS))
-    compact_kernel[(triton.cdiv(num_rows, ROWS), len(pieces) // 7)](
-        torch.tensor(pieces, pin_memory=rows.is_cuda).to(rows.device, non_blocking=True),
-        rows.contiguous(),
-        num_rows,
-        contexts[0].shape[0],
-        ROWS=ROWS,
-        NUM_WORDS=PIECE_BYTES // word,
-        WORD=WORDS[word],
-        WORD_BYTES=word,
-        ALIGNMENT=alignment,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(rows):
+        compact_kernel[(triton.cdiv(num_rows, ROWS), len(pieces) // 7)](
+            torch.tensor(pieces, pin_memory=rows.is_cuda).to(rows.device, non_blocking=True),
+            rows.contiguous(),
+            num_rows,
+            contexts[0].shape[0],
+            ROWS=ROWS,
+            NUM_WORDS=PIECE_BYTES // word,
+            WORD=WORDS[word],
+            WORD_BYTES=word,
+            ALIGNMENT=alignment,
+            num_warps=4,
+        )
     return outputs
 
 
@@ -60,7 +61,7 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x[0].is_contiguous() else x.contiguous()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_context_rows"])
 def compact_kernel(
     pieces,
     rows,

@@ -191,6 +191,8 @@ def test_pairs_that_do_not_fit_are_refused() -> None:
         compact([context, context[1:]], [branch, branch], ROWS)
     with pytest.raises(ValueError, match="zip"):
         compact([context], [], ROWS)
+    with pytest.raises(ValueError, match="listed on"):
+        compact([context], [branch.to("meta")], ROWS.to(DEVICE))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 import torch
@@ -29,11 +30,20 @@ def poisoned() -> Iterator[None]:
 class Case:
     """A batch with random rows, gradients and probabilities; what must not be read is NaN."""
 
-    def __init__(self, layout: Layout, *, dtype: torch.dtype = torch.float32, width: int = 5, seed: int = 0) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        dtype: torch.dtype = torch.float32,
+        width: int = 5,
+        seed: int = 0,
+        kept: Literal["nothing", "half", "everything"] = "half",
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         num_context, num_branch = layout.context_slots.shape[0], int(layout.own_lengths.sum())
         self.valid = torch.arange(layout.num_columns) < layout.pair_lengths[:, None]
-        self.keep = (torch.rand(self.valid.shape, generator=generator) < 0.5) & self.valid
+        share = {"nothing": 0.0, "half": 0.5, "everything": 1.0}[kept]
+        self.keep = (torch.rand(self.valid.shape, generator=generator) < share) & self.valid
         p = torch.rand(self.valid.shape, generator=generator).masked_fill(~self.valid, torch.nan)
         flags = self.keep.to(DEVICE) if layout.num_pairs else None
         self.layout = layout.to(DEVICE)
@@ -149,6 +159,30 @@ def test_only_what_is_asked_for(wanted: str, backend: str) -> None:
     assert torch.equal(y, torch.cat([case.context, case.branch])[case.selection.rows])
     found = torch.autograd.grad(y, (case.context, case.branch), case.grad)
     assert all(torch.equal(*pair) for pair in zip(found, full[:2], strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_does_not_fit_is_refused(backend: str) -> None:
+    case = Case(ragged_layouts()["one question"])
+    rows = case.branch
+    for branch in (rows.half(), rows[:, :3], rows.to("meta")):
+        case.branch = branch
+        with pytest.raises(ValueError, match="rows o"):
+            case.pack("paper", backend)
+    case.branch = rows
+    with pytest.raises(ValueError, match="rules"):
+        case.pack("Paper", backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["two volumes of different sizes", "branches in any order of contexts"])
+@pytest.mark.parametrize("kept", ["nothing", "everything"])
+def test_from_nothing_kept_to_everything(kept: Literal["nothing", "everything"], name: str, backend: str) -> None:
+    case = Case(ragged_layouts()[name], kept=kept)
+    is_visual = case.selection.slots >= 0
+    assert int(is_visual.sum()) == (int(case.valid.sum()) if kept == "everything" else 0)
+    for found, expected in zip(case.gradients("taylor", backend), case.expected("taylor"), strict=True):
+        assert far(found, expected) < 2e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
