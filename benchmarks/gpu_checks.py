@@ -1,4 +1,5 @@
-"""Everything that needs a GPU, in one command: the GPU tests, then the public 3B model with random weights in bfloat16.
+"""Everything that needs a GPU, in one command: its tests, the pruning operators by themselves (as in `bench_ops.py`),
+and the public 3B model with random weights in bfloat16.
 
 Compared are three ways to treat one 140 x 280 x 280 volume: `vanilla` (patches two slices deep, 7000 tokens),
 `all_tokens` (14 deep, 1000 tokens) and `photon` (the same, pruned to about the share that the published model keeps).
@@ -30,8 +31,11 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+import bench_ops  # noqa: E402
 import torch  # noqa: E402
 from common import RESULTS, measure, save_results, set_kept_share, typical_first  # noqa: E402
+from ops_case import Case  # noqa: E402
+from probes import Clock  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from photon.config import PhotonConfig, qwen2_5_vl_3b  # noqa: E402
@@ -41,6 +45,7 @@ from photon.generate import ask_batch, decode, last_rows  # noqa: E402
 from photon.grid import patchify  # noqa: E402
 from photon.model.network import Photon  # noqa: E402
 from photon.model.packing import IGNORE_INDEX, Branch, Context, PackedBatch, pack_batch  # noqa: E402
+from photon.ops.backend import Backend, resolve  # noqa: E402
 from photon.testing import micro_config  # noqa: E402
 from photon.training.stages import Stage  # noqa: E402
 from photon.training.step import TrainingBatch, compute_loss  # noqa: E402
@@ -54,6 +59,8 @@ with the two marks of the volume and the question's end."""
 NUM_GENERATED = 32
 QUESTIONS = (1, 8, 32)
 TESTS_TIMEOUT_S = 300
+OPERATOR_REPEATS = 4
+"""How many times as often operators are timed: they take microseconds."""
 MAX_DIFFERENCE = 0.3
 """Relative difference of logits above which shared and separate runs disagree. Rounding to bfloat16 makes a few
 percent, a token that is kept in one of them alone somewhat more; unrelated logits differ by 1.4."""
@@ -61,11 +68,15 @@ percent, a token that is kept in one of them alone somewhat more; unrelated logi
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-    """A model and a volume [Z, Y, X] for it; ``vanilla_depth`` is the depth of a vanilla patch in voxels."""
+    """A model and a volume [Z, Y, X] for it; ``vanilla_depth`` is the depth of a vanilla patch in voxels.
+
+    The operators are measured by themselves with volumes of ``num_tokens`` visual tokens.
+    """
 
     config: PhotonConfig
     volume: tuple[int, int, int]
     vanilla_depth: int
+    num_tokens: tuple[int, ...]
 
     def config_of(self, contender: str) -> PhotonConfig:
         """The configuration of one of CONTENDERS."""
@@ -78,8 +89,8 @@ class Size:
 def size_of(name: str) -> Size:
     """The public model, or one of a few ten thousand parameters."""
     if name == "full":
-        return Size(config=qwen2_5_vl_3b(), volume=(140, 280, 280), vanilla_depth=2)
-    return Size(config=micro_config(), volume=(8, 16, 16), vanilla_depth=1)
+        return Size(config=qwen2_5_vl_3b(), volume=(140, 280, 280), vanilla_depth=2, num_tokens=bench_ops.SIZES)
+    return Size(config=micro_config(), volume=(8, 16, 16), vanilla_depth=1, num_tokens=(64,))
 
 
 @torch.no_grad()
@@ -257,6 +268,38 @@ class Contender:
         same = float((shared.argmax(-1) == separate.argmax(-1)).float().mean())
         return {**times, "shared_over_separate": ratio, "relative_difference": difference, "same_first_token": same}
 
+    def pruning_saves(self) -> dict[str, Any]:
+        """The prefill of one question with all tokens, and pruned to the share KEEP; moves the threshold."""
+        batch = self.batch(range(1))
+        shares = set_kept_share(self.model, batch, KEEP)
+        runs = {
+            name: functools.partial(ask_batch, self.model, batch, keep_all=name == "whole", room=NUM_GENERATED)
+            for name in ("whole", "pruned")
+        }
+        times = Clock(self.device).in_turns(runs, self.repeats)
+        saved_ms = times["whole"]["median_ms"] - times["pruned"]["median_ms"]
+        return {**times, "kept_share": shares[0], "saved_ms": saved_ms}
+
+    def backends(self) -> dict[str, Any]:
+        """Prefill and training with the operators' kernels, where there is a GPU for them, and in plain PyTorch."""
+        batch, item = self.batch(range(1)), self.training_batch()
+
+        def with_backend(backend: Backend, run: Callable[[], object]) -> None:
+            self.model.backend = backend
+            run()
+
+        found: dict[str, Any] = {"auto": resolve("auto", self.device)}
+        try:
+            for phase, run in {"prefill": lambda: self._prompt(batch), "training": lambda: self._train(item)}.items():
+                runs = {name: functools.partial(with_backend, name, run) for name in ("auto", "reference")}
+                times = Clock(self.device).in_turns(runs, self.repeats)
+                ratio = times["auto"]["median_ms"] / times["reference"]["median_ms"]
+                found[phase] = {**times, "auto_over_reference": ratio}
+        finally:
+            self.model.backend = "auto"
+            self.model.zero_grad(set_to_none=True)
+        return found
+
 
 def require_finite(name: str, values: Tensor) -> None:
     """Raise AssertionError when a number is not finite."""
@@ -332,7 +375,28 @@ def ratios(parts: dict[str, dict[str, Any]]) -> dict[str, float]:
             for key in ("median_ms", "peak_gib"):
                 if key in first and key in second:
                     found[f"{phase} {a} over {b}, {key}"] = first[key] / second[key]
+    for contender in CONTENDERS:
+        built, saved = parts.get(f"{contender} build", {}), parts.get(f"{contender} pruning_saves", {})
+        for name, part in parts.items():
+            if "saved_ms" in saved and "step" in part and part["tokens"] == built.get("visual_tokens"):
+                found[f"{name}, step over the prefill saved"] = part["step"]["auto"]["median_ms"] / saved["saved_ms"]
     return found
+
+
+def operators(case: Case, clock: Clock, bandwidth: float, repeats: int) -> dict[str, Any]:
+    """The pruning operators by themselves; raises AssertionError when one gives another result than the naive form."""
+    result = bench_ops.measure_case(case, clock, bandwidth, repeats)
+    if refused := bench_ops.refused([result]):
+        raise AssertionError("; ".join(refused))
+    return {**result, "floor_bandwidth_bytes_per_s": bandwidth, "aims": bench_ops.aims(result, clock.device)}
+
+
+def check_operators(checks: Checks, size: Size, repeats: int) -> None:
+    """A part for each number of tokens."""
+    clock = Clock(checks.device)
+    bandwidth = clock.copy_bandwidth(repeats)
+    for case in bench_ops.cases_of(size.config, size.num_tokens, [torch.bfloat16]):
+        checks.run(f"ops {case.name}", functools.partial(operators, case, clock, bandwidth, repeats))
 
 
 def check_contender(checks: Checks, contender: Contender) -> None:
@@ -347,6 +411,11 @@ def check_contender(checks: Checks, contender: Contender) -> None:
     checks.run(f"{name} training", functools.partial(contender.training, is_checkpointed=False))
     release(contender.device)
     checks.run(f"{name} training_checkpointed", functools.partial(contender.training, is_checkpointed=True))
+    release(contender.device)
+    if contender.keep_all:
+        checks.run(f"{name} pruning_saves", contender.pruning_saves)
+    else:
+        checks.run(f"{name} backends", contender.backends)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -369,6 +438,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     checks = Checks(arguments.output, content, device)
     if arguments.tests:
         checks.run("gpu tests", lambda: run_tests(arguments.tests, device, "gpu"))
+    check_operators(checks, size, OPERATOR_REPEATS * arguments.repeats)
+    release(device)
     for name in CONTENDERS:
         check_contender(checks, Contender(name, size, device, arguments.repeats))
         release(device)

@@ -5,8 +5,9 @@ The architecture is the real one; only the numbers are small (patches of 2x2x2 v
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from photon.config import PhotonConfig, PruningConfig, VisionConfig
 from photon.grid import Grid, num_visual_tokens, patch_rows
 from photon.model.network import Photon
 from photon.model.packing import IGNORE_INDEX, Branch, Context, pack_batch, without_empty_tokens
+from photon.ops.layout import Layout
 from photon.training.step import TrainingBatch
 
 NUM_WORDS = 36
@@ -124,6 +126,40 @@ def training_batch(
     numbers = torch.arange(len(branches))
     marks = [torch.isin(numbers, torch.tensor(list(chosen), dtype=torch.long)) for chosen in (perturbed, flipped)]
     return TrainingBatch(pack_batch(contexts, branches, config), *marks)
+
+
+def ragged_layouts() -> dict[str, Layout]:
+    """Small batches for the pruning operators, by what is special about them."""
+    return {
+        "one question": Layout.build([6], [[(1, 4)]], [3], [2], [0]),
+        "a single visual token": Layout.build([1], [[(0, 1)]], [1], [1], [0]),
+        "no branch": Layout.build([4, 3], [[(1, 2)], [(0, 3)]], [], [], []),
+        "no volume": Layout.build([3, 0], [[], []], [2, 4, 1], [1, 3, 1], [0, 1, 0]),
+        "text only beside a scan": Layout.build([5, 0], [[(1, 3)], []], [2, 3], [1, 2], [0, 1]),
+        "no rows of its own": Layout.build([6], [[(1, 4)]], [0, 0], [0, 0], [0, 0]),
+        "empty question": Layout.build([4], [[(0, 4)]], [2, 2], [0, 2], [0, 0]),
+        "a scan nobody asks about": Layout.build([4, 5], [[(1, 3)], [(2, 2)]], [2], [1], [1]),
+        "two volumes of different sizes": Layout.build([12], [[(1, 3), (5, 6)]], [2, 1], [2, 1], [0, 0]),
+        "branches in any order of contexts": Layout.build(
+            [5, 4, 0, 9],
+            [[(1, 2), (3, 1)], [], [], [(0, 7)]],
+            [2, 3, 1, 4, 1, 2],
+            [1, 2, 1, 2, 1, 0],
+            [3, 0, 2, 1, 0, 3],
+        ),
+        "many questions about one scan": Layout.build([5], [[(1, 3)]], [1, 2] * 10, [1, 1] * 10, [0] * 20),
+    }
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """New tensors hold NaN, or the largest integer, until they are written; only deterministic operators may run."""
+    was_on = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_on)
 
 
 def _words(count: int, generator: torch.Generator) -> Tensor:

@@ -39,6 +39,7 @@ def resolve(backend: str, device: torch.device) -> Implementation:
     return "reference"
 
 
+@torch.compiler.assume_constant_result  # torch.compile asks, and does not trace how it is found out
 def _obstacle(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on a device; None when they can."""
     if not _is_installed():

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_checks.py"
+OPERATORS = ("ops 64 tokens, 63 kept, bfloat16", "ops 64 tokens, 25 kept, bfloat16")
+MORE = {"vanilla": "pruning_saves", "all_tokens": "pruning_saves", "photon": "backends"}
 PARTS = ("build", "prefill", "generation", "sharing 1", "sharing 3", "training", "training_checkpointed")
 
 
@@ -24,7 +26,13 @@ def script() -> ModuleType:
     sys.modules["gpu_checks"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     module.QUESTIONS = (1, 3)
+    sys.modules["probes"].CPU_CACHE_BYTES = 2**20  # type: ignore[attr-defined]
     return module
+
+
+@pytest.fixture(scope="module")
+def everything(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any]]:
+    return run(script, tmp_path_factory.mktemp("gpu"))
 
 
 def run(script: ModuleType, folder: Path, *more: str) -> tuple[int, dict[str, Any]]:
@@ -34,11 +42,12 @@ def run(script: ModuleType, folder: Path, *more: str) -> tuple[int, dict[str, An
     return code, json.loads((folder / "gpu.json").read_text())
 
 
-def test_all_parts(script: ModuleType, tmp_path: Path) -> None:
-    code, found = run(script, tmp_path)
+def test_all_parts(everything: tuple[int, dict[str, Any]]) -> None:
+    code, found = everything
     parts = found["parts"]
     assert code == 0 and found["failed"] == []
-    assert set(parts) == {f"{name} {part}" for name in ("vanilla", "all_tokens", "photon") for part in PARTS}
+    of_models = {f"{name} {part}" for name, more in MORE.items() for part in (*PARTS, more)}
+    assert set(parts) == {*OPERATORS, *of_models}
     assert [parts[f"{name} build"]["visual_tokens"] for name in ("vanilla", "all_tokens", "photon")] == [128, 64, 64]
     assert {parts[f"{name} build"]["text_tokens"] for name in ("vanilla", "photon")} == {90}
     assert parts["photon build"]["dtype"] == "torch.bfloat16"
@@ -53,6 +62,18 @@ def test_all_parts(script: ModuleType, tmp_path: Path) -> None:
         parts["vanilla training"]["median_ms"] / parts["photon training"]["median_ms"]
     )
     assert {"machine", "versions", "commit", "configuration"} <= found.keys()
+
+
+def test_operators_beside_the_model(everything: tuple[int, dict[str, Any]]) -> None:
+    _, found = everything
+    parts, ratios = found["parts"], found["ratios"]
+    for name in OPERATORS:
+        step, saved = parts[name]["step"]["auto"]["median_ms"], parts["all_tokens pruning_saves"]["saved_ms"]
+        assert ratios[f"{name}, step over the prefill saved"] == pytest.approx(step / saved)
+    assert parts["all_tokens pruning_saves"]["kept_share"] == pytest.approx(0.39, abs=0.03)
+    compared = parts["photon backends"]
+    assert compared["auto"] == "reference" and {"prefill", "training"} < compared.keys()
+    assert compared["training"]["auto_over_reference"] > 0
 
 
 def test_a_part_that_fails_is_recorded_and_the_others_run(
@@ -75,11 +96,23 @@ def test_a_part_that_fails_is_recorded_and_the_others_run(
     assert code == 1 and found["failed"] == ["photon training", "photon training_checkpointed"]
     statuses = {name: part["status"] for name, part in found["parts"].items()}
     assert statuses.pop("photon generation") == "out of memory"
-    assert set(statuses) == {f"photon {part}" for part in PARTS if part != "generation"}
+    of_model = {f"photon {part}" for part in (*PARTS, MORE["photon"]) if part != "generation"}
+    assert set(statuses) == {*OPERATORS, *of_model}
     assert [statuses[f"photon {part}"] for part in ("build", "prefill", "sharing 3")] == ["ok"] * 3
     error = found["parts"]["photon training"]["error"]
     assert "gradient of model.layers.0.mlp.down_proj.weight" in error and "not finite" in error
     assert "failed photon training" in capsys.readouterr().out
+
+
+def test_operators_that_disagree_fail(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compact = script.bench_ops.compact
+    monkeypatch.setattr(script, "CONTENDERS", ())
+    monkeypatch.setattr(script.bench_ops, "compact", lambda *a, **k: [x.flip(0) for x in compact(*a, **k)])
+    code, found = run(script, tmp_path)
+    assert code == 1 and found["failed"] == list(OPERATORS)
+    assert "compaction: moved rows differ" in found["parts"][OPERATORS[0]]["error"]
 
 
 def test_questions_that_disagree_fail(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +76,43 @@ def test_a_training_step_is_the_same(stage: Stage) -> None:
         if ours.grad is not None and theirs.grad is not None:
             size = float(theirs.grad.abs().max())
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5 * size, msg=name)
+
+
+def test_every_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch goes to the current GPU, which need not be theirs."""
+    interface = pytest.importorskip("triton.runtime.jit").KernelInterface
+    chosen: list[torch.device] = []
+    launched: set[str] = set()
+    launch = interface.__getitem__
+
+    @contextlib.contextmanager
+    def device_of(x: torch.Tensor) -> Iterator[None]:
+        chosen.append(x.device)
+        yield
+        chosen.pop()
+
+    def launch_noted(kernel: Any, grid: Any) -> Any:
+        assert chosen and chosen[-1].type == DEVICE.type, kernel.__name__
+        launched.add(kernel.__name__)
+        return launch(kernel, grid)
+
+    monkeypatch.setattr(interface, "__getitem__", launch_noted)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    compute_loss(models()[1], mixed_item(), "hard").loss.backward()
+    kernels = ("centrality", "question", "score", "schedule", "select", "compact", "rows", "probability")
+    assert launched == {f"{name}_kernel" for name in kernels}
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_finding_the_backend_is_not_traced(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """Looking for a compiler on the disk is nothing for a graph."""
+    monkeypatch.setattr(backends, "_is_installed", lambda: bool(shutil.which("sh")))
+
+    def chosen(x: torch.Tensor) -> torch.Tensor:
+        return x + len(resolve(backend, x.device))
+
+    found = torch.compile(chosen, fullgraph=True, backend="eager")(torch.zeros(1, device=DEVICE))
+    assert found.item() == len(resolve(backend, DEVICE))
 
 
 def test_answers_are_the_same() -> None:

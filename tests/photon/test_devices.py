@@ -478,10 +478,8 @@ def test_the_plain_operators_do_not_wait(place: Place) -> None:
             layout.pair_lengths, layout.num_columns, layout.longest_question,
         )  # fmt: skip
         decision, _ = schedule.reference.schedule(u, layout.pair_lengths, weights, 0.9, 0.2, 2)
-        rows, *_ = selection.reference.select_rows(
-            decision.keep, layout.context_starts, layout.context_lengths, layout.own_starts, layout.own_lengths,
-            layout.first_pairs, layout.pair_starts, layout.pair_lengths, layout.context_slots, layout.num_entries,
-        )  # fmt: skip
+        places = selection.reference.Places(*(getattr(layout, name) for name in selection.reference.Places._fields))
+        rows, *_ = selection.reference.select_rows(decision.keep, places, layout.num_entries)
         compaction.reference.compact([hidden], [own], rows)
     assert not found, found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -259,6 +260,15 @@ def test_placeholders_that_do_not_match_are_refused(change: int) -> None:
     wrong = torch.cat([ids[:4], torch.full((2 + change,), video), ids[4:]])
     with pytest.raises(PhotonError, match=rf"{2 + change} visual placeholders .* \[2\]") as caught:
         pack_batch([Context(wrong, context.patches, context.grids)], [Branch(0, torch.tensor([1]))], CONFIG)
+    assert caught.value.code == "PROMPT_INVALID"
+
+
+def test_text_inside_a_volume_is_refused() -> None:
+    """The text's positions would lie among those of the volume."""
+    context = random_context(CONFIG, [(1, 2, 4)], seed=0)  # 3 words, start, 2 visual, end
+    torn = dataclasses.replace(context, input_ids=context.input_ids[[0, 1, 4, 2, 3, 5, 6]])
+    with pytest.raises(PhotonError, match="text stands between") as caught:
+        pack_batch([torn], [Branch(0, torch.tensor([1]))], CONFIG)
     assert caught.value.code == "PROMPT_INVALID"
 
 

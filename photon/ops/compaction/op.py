@@ -29,20 +29,27 @@ def compact(
         [R, ...] each, contiguous, in the order of the pairs.
 
     Raises:
-        ValueError: when the tensors do not make pairs, or differ in Tc.
+        ValueError: when the tensors do not make pairs, differ in Tc or Tb, or are not all on the device of ``rows``.
         PhotonError: ``BACKEND_UNKNOWN`` or ``BACKEND_UNAVAILABLE``.
     """
+    check_pairs(contexts, branches, rows)
+    if not contexts:
+        return []
+    implementation = backends.resolve(backend, rows.device)
+    result: list[Tensor] = torch.ops.photon.compact(list(contexts), list(branches), rows, implementation)
+    return result
+
+
+def check_pairs(contexts: Sequence[Tensor], branches: Sequence[Tensor], rows: Tensor) -> None:
+    """Refuse what a kernel, to which a tensor is an address, would read as something else; see :func:`compact`."""
     for context, branch in zip(contexts, branches, strict=True):
         if context.dtype != branch.dtype or context.shape[1:] != branch.shape[1:]:
             found = f"{context.dtype} {tuple(context.shape)} and {branch.dtype} {tuple(branch.shape)}"
             raise ValueError(f"rows of {found} do not fit in one tensor")
         if context.shape[0] != contexts[0].shape[0] or branch.shape[0] != branches[0].shape[0]:
             raise ValueError("rows are counted through every pair alike: all must have as many")
-    if not contexts:
-        return []
-    implementation = backends.resolve(backend, rows.device)
-    result: list[Tensor] = torch.ops.photon.compact(list(contexts), list(branches), rows, implementation)
-    return result
+        if not context.device == branch.device == rows.device:
+            raise ValueError(f"rows on {context.device} and {branch.device}, listed on {rows.device}")
 
 
 @torch.library.custom_op("photon::compact", mutates_args=())

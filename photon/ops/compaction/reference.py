@@ -16,10 +16,7 @@ def compact(contexts: Sequence[Tensor], branches: Sequence[Tensor], rows: Tensor
     if rows.is_cpu:
         runs = _runs(rows, num_context_rows)
         return [_move_runs(*pair, rows.shape[0], runs) for pair in pairs]
-    is_own = rows >= num_context_rows
-    # Where the runs are is not known without waiting for the device: both sources are read, and one is taken.
-    own_rows, context_rows = (rows - num_context_rows).clamp_min(0), torch.where(is_own, 0, rows)
-    return [_move_both(*pair, context_rows, own_rows, is_own) for pair in pairs]
+    return move_both(pairs, rows, num_context_rows)
 
 
 def _runs(rows: Tensor, num_context_rows: int) -> list[tuple[slice, bool, Tensor]]:
@@ -41,10 +38,17 @@ def _move_runs(context: Tensor, branch: Tensor, num_rows: int, runs: list[tuple[
     return out
 
 
-def _move_both(context: Tensor, branch: Tensor, context_rows: Tensor, own_rows: Tensor, is_own: Tensor) -> Tensor:
-    if context.shape[0] == 0:
-        return branch.index_select(0, own_rows)
-    if branch.shape[0] == 0:
-        return context.index_select(0, context_rows)
-    is_own = is_own.view(-1, *[1] * (context.dim() - 1))
-    return torch.where(is_own, branch.index_select(0, own_rows), context.index_select(0, context_rows))
+def move_both(pairs: Sequence[tuple[Tensor, Tensor]], rows: Tensor, num_context_rows: int) -> list[Tensor]:
+    """Without waiting for a GPU to tell where the runs are: both sources are read, and one is taken."""
+    is_own = rows >= num_context_rows
+    context_rows, own_rows = torch.where(is_own, 0, rows), torch.where(is_own, rows - num_context_rows, 0)
+    outputs = []
+    for context, branch in pairs:
+        if not context.shape[0]:
+            outputs.append(branch.index_select(0, own_rows))
+        elif not branch.shape[0]:
+            outputs.append(context.index_select(0, context_rows))
+        else:
+            chosen = is_own.view(-1, *[1] * (context.dim() - 1))
+            outputs.append(torch.where(chosen, branch.index_select(0, own_rows), context.index_select(0, context_rows)))
+    return outputs

@@ -174,7 +174,7 @@ def saliency(
     with torch.cuda.device_of(q):
         if longest_question:
             # Products of halves are exact in the tensor cores' float32; the interpreter has no such product.
-            is_widened = q.dtype == torch.float32 or is_interpreted()
+            is_widened = q.dtype.itemsize > 2 or is_interpreted()
             centrality_kernel[(num_branches, num_heads, triton.cdiv(longest_question, BLOCK_QUESTION))](
                 q, k, answered, own_starts, question_lengths, *q.stride(), *k.stride(), longest_question,
                 SHARE=share, BLOCK=BLOCK_QUESTION, IS_WIDENED=is_widened, enable_fp_fusion=True, **dims,

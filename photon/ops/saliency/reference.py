@@ -13,7 +13,7 @@ BLOCK_ROWS = 1024
 
 
 @torch.no_grad()
-def question_vector(q: Tensor, k: Tensor, valid: Tensor) -> Tensor:
+def question_vector(q: Tensor, k: Tensor, valid: Tensor | None = None) -> Tensor:
     """What a question looks for, as one vector per key head.
 
     The score of a visual token is linear in the queries, `u_j = sum_g <z_g, k_jg>`, so the question tokens
@@ -23,7 +23,7 @@ def question_vector(q: Tensor, k: Tensor, valid: Tensor) -> Tensor:
     Args:
         q: [B, Q, H, d] rotated queries of the question tokens.
         k: [B, Q, G, d] their rotated keys.
-        valid: bool [B, Q] real question tokens; a question may be empty.
+        valid: bool [B, Q] real question tokens, None where all are; a question may be empty.
 
     Returns:
         z: float32 [B, G, d], zero for an empty question.
@@ -31,15 +31,21 @@ def question_vector(q: Tensor, k: Tensor, valid: Tensor) -> Tensor:
     num_heads, num_key_heads, head_dim = q.shape[2], k.shape[2], q.shape[3]
     share = num_heads // num_key_heads
     q, k = q.float().unflatten(2, (num_key_heads, share)), k.float()
+
+    def real(x: Tensor) -> Tensor:
+        """What lies behind a question may be NaN. Taken out of keys, sums and queries one by one that is cheaper than
+        out of the products."""
+        return x if valid is None else torch.where(valid.view(*valid.shape, *[1] * (x.ndim - 2)), x, 0.0)
+
     # [B, G, d, s * Q] with the heads s of a key head side by side: one product of matrices a key head.
     queries = q.permute(0, 2, 3, 1, 4).flatten(2, 3).transpose(2, 3)
-    products = (k.transpose(1, 2) @ queries).unflatten(3, (share, q.shape[1]))
-    others = valid[:, :, None] & valid[:, None, :] & ~torch.eye(q.shape[1], dtype=torch.bool, device=q.device)
-    answered = torch.where(others[:, None, :, None], products.relu(), 0.0)
-    centrality = answered.sum((1, 2, 3)) / (num_heads * head_dim**0.5)
+    products = (real(k).transpose(1, 2) @ queries).unflatten(3, (share, q.shape[1]))
+    others = 1.0 - torch.eye(q.shape[1], device=q.device)
+    answered = (products.relu() * others[:, None]).sum((1, 2, 3))
+    centrality = real(answered / (num_heads * head_dim**0.5))
     weights = centrality / centrality.sum(-1, keepdim=True).clamp_min(1.0)
-    asked = torch.where(valid[:, :, None, None], q.sum(3), 0.0)
-    z = (weights[:, None] @ asked.flatten(2)).squeeze(1).unflatten(1, (num_key_heads, head_dim))
+    asked = real(q.sum(3).flatten(2))
+    z = (weights[:, None] @ asked).squeeze(1).unflatten(1, (num_key_heads, head_dim))
     return z / (num_heads * head_dim**0.5)
 
 
@@ -66,9 +72,54 @@ def saliency(
     longest_question: int,
 ) -> Tensor:
     """Raw scores float32 [S, N] of packed branches; see :func:`photon.ops.saliency.op.saliency`."""
+    places = (own_starts, question_lengths, pair_branch, pair_starts, pair_lengths)
+    if q.is_cpu:
+        return _by_ranges(q, k, keys, num_columns, *(x.tolist() for x in places))
+    return padded(q, k, keys, *places, num_columns, longest_question)
+
+
+def _by_ranges(
+    q: Tensor,
+    k: Tensor,
+    keys: Tensor,
+    num_columns: int,
+    own_starts: list[int],
+    question_lengths: list[int],
+    pair_branch: list[int],
+    pair_starts: list[int],
+    pair_lengths: list[int],
+) -> Tensor:
+    """Question after question and volume after volume: nothing is padded, and nothing read for another scan."""
+    u = q.new_zeros(len(pair_branch), num_columns, dtype=torch.float32)
+    questions = [slice(start, start + length) for start, length in zip(own_starts, question_lengths, strict=True)]
+    z = [question_vector(q[None, rows], k[None, rows]) for rows in questions]
+    pairs: dict[tuple[int, int], list[int]] = {}
+    for pair, volume in enumerate(zip(pair_starts, pair_lengths, strict=True)):
+        pairs.setdefault(volume, []).append(pair)
+    for (start, length), together in pairs.items():
+        found = scores(torch.cat([z[pair_branch[pair]] for pair in together]), keys[start : start + length])
+        for pair, row in zip(together, found, strict=True):
+            u[pair, :length] = row
+    return u
+
+
+def padded(
+    q: Tensor,
+    k: Tensor,
+    keys: Tensor,
+    own_starts: Tensor,
+    question_lengths: Tensor,
+    pair_branch: Tensor,
+    pair_starts: Tensor,
+    pair_lengths: Tensor,
+    num_columns: int,
+    longest_question: int,
+) -> Tensor:
+    """The same without a look at where ranges are, for which the host would wait for a GPU."""
     # A masked NaN of another branch would still be NaN times zero: padding repeats a row of the question itself.
     rows, asked = _ranges(own_starts, question_lengths, longest_question, q.shape[0])
-    z = question_vector(*(x.index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in (q, k)), asked)
+    questions, answers = (x.index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in (q, k))
+    z = question_vector(questions, answers, asked)
     columns, valid = _ranges(pair_starts, pair_lengths, num_columns, keys.shape[0])
     return torch.where(valid, scores(z, keys)[pair_branch[:, None], columns], 0.0)
 

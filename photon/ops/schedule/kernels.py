@@ -11,12 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from photon.ops.schedule.reference import DESCRIPTOR_SIZE, Decision, ThresholdWeights
+from photon.ops.schedule.reference import DESCRIPTOR_SIZE, LARGEST_SCORE, Decision, ThresholdWeights
 
 EXACT = tl.constexpr(2.0**14)
 FLOOR = tl.constexpr(1e-8 * 2.0**14)
 SQRT_HALF = tl.constexpr(0.5**0.5)
 NUM_NUMBERS = tl.constexpr(DESCRIPTOR_SIZE)
+LARGEST = tl.constexpr(LARGEST_SCORE)
 KEY_BITS = tl.constexpr(31)
 COUNT_BITS = tl.constexpr(20)
 COUNT_MASK = tl.constexpr(2**20 - 1)
@@ -35,7 +36,7 @@ def _signed_log(x):
     size = tl.abs(x)
     above = 1.0 + size
     is_lost = above == 1.0
-    log = tl.where(is_lost, size, tl.log(above) * tl.div_rn(size, tl.where(is_lost, 1.0, above - 1.0)))
+    log = tl.where(is_lost, size, tl.log(above) * (size / tl.where(is_lost, 1.0, above - 1.0)))
     return tl.where(x < 0, -log, log)
 
 
@@ -101,7 +102,7 @@ def schedule_kernel(
     keep_out += row * num_columns
 
     x = tl.load(u + row * row_stride + column, mask=is_token, other=0.0)
-    is_usable = is_token & (tl.abs(x) < float("inf"))
+    is_usable = is_token & (tl.abs(x) < LARGEST)
     x = tl.where(is_usable, x, 0.0)
     tl.store(u_out + column, x, mask=is_inside)
     num_usable = tl.sum(is_usable.to(tl.int32), axis=0)
@@ -121,7 +122,7 @@ def schedule_kernel(
     rho_low = tl.where(is_any, tl.min(tl.where(is_usable, rho, float("inf")), axis=0), 0.0)
     rho_high = tl.max(rho, axis=0)
 
-    # In the order in which tokens are kept: padding, tokens whose score is not finite, the others by their score.
+    # In the order in which tokens are kept: padding, tokens whose score is not usable, the others by their score.
     keys = tl.where(is_usable, rho.to(tl.int32, bitcast=True) + 2, is_token.to(tl.int32))
     last = tl.maximum(num_usable - 1, 0).to(tl.float32)
     quarter, half = last * 0.25, last * 0.5

@@ -29,9 +29,10 @@ def schedule(
     """Threshold the scores of every question and volume.
 
     A row of scores is scaled to [0, 1] and described by twelve numbers, from which a small network tells its threshold
-    ``theta = scale * sigmoid(MLP(descriptor))``; tokens above it are kept. A score that is not finite never steers the
-    threshold and is kept only if nothing else is left; at least ``min_tokens`` of the highest scores always stay (of
-    equal ones the first), so a blank volume keeps some tokens too. A row without tokens gets an empty decision.
+    ``theta = scale * sigmoid(MLP(descriptor))``; tokens above it are kept. A score that is not finite, or of
+    size :data:`photon.ops.schedule.reference.LARGEST_SCORE` and more, never steers the threshold and is kept only if
+    nothing else is left. At least ``min_tokens`` of the highest scores always stay (of equal ones the first), so a
+    blank volume keeps some tokens too. A row without tokens gets an empty decision.
 
     Gradient reaches ``weights`` from ``theta`` and ``p = sigmoid((rho - theta) / temperature)`` alone.
 

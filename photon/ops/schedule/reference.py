@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 DESCRIPTOR_SIZE = 12
 _EXACT = 2.0**14
+LARGEST_SCORE = 1e16
+"""Scores of this size and above are treated as not finite: sums of their squares would not be."""
 
 
 class ThresholdWeights(NamedTuple):
@@ -34,7 +36,7 @@ class Decision(NamedTuple):
     """What becomes of every visual token.
 
     Attributes:
-        u: float32 [S, N] raw scores; 0 in padding and where the score is not finite.
+        u: float32 [S, N] raw scores; 0 in padding and where the score is not usable (not finite, or huge).
         rho: float32 [S, N] scores scaled to [0, 1] within the volume; 0 where u was not usable.
         theta: float32 [S] thresholds, with gradient to the threshold network.
         p: float32 [S, N] keep probabilities, with gradient to theta; 0 where u was not usable.
@@ -112,7 +114,7 @@ def decide(
 
     See :func:`photon.ops.schedule.op.schedule`; this is the form for graphs, where the mask is known.
     """
-    usable = valid & torch.isfinite(u)
+    usable = valid & (u.abs() < LARGEST_SCORE)
     # A row without usable tokens would reduce over nothing: let it see zeros, its result is masked anyway.
     counted = usable | ~usable.any(-1, keepdim=True)
     u = torch.where(usable, u, 0.0)
@@ -133,6 +135,8 @@ def schedule(
     num_columns = u.shape[1]
     if num_columns == 0:  # reductions want an entry
         u = u.new_zeros(u.shape[0], 1)
+    # Sums over a row take another order with other strides.
+    u = u.contiguous()
     valid = torch.arange(u.shape[1], device=u.device) < lengths[:, None]
     decision, descriptor = decide(u, valid, weights, scale=scale, temperature=temperature, min_tokens=min_tokens)
     tables = (x[:, :num_columns] if x.ndim == 2 else x for x in decision)

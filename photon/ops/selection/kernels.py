@@ -11,62 +11,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from photon.ops.selection.reference import Buffers, Places
+
 CHUNK = 1024
 COUNTED = 4096
 """Entries that a program places; flags that it counts at once."""
 
 
-def select_rows(
-    keep: Tensor | None,
-    context_starts: Tensor,
-    context_lengths: Tensor,
-    own_starts: Tensor,
-    own_lengths: Tensor,
-    first_pairs: Tensor,
-    pair_starts: Tensor,
-    pair_lengths: Tensor,
-    context_slots: Tensor,
-    num_entries: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def select_rows(keep: Tensor | None, places: Places, num_entries: int) -> Buffers:
     """The registered operator's contract."""
-    num_branches = own_starts.shape[0]
+    own_starts, num_branches = places.own_starts, places.own_starts.shape[0]
     rows, slots, positions, branch_rows = (own_starts.new_empty(num_entries) for _ in range(4))
     table = own_starts.new_empty(3, num_branches)
     if not num_branches:
         return rows, slots, positions, table, branch_rows
-    # Without flags nothing is visual, so no slot is looked up.
+    # Without flags nothing counts as visual: a table without columns has no slots.
     flags = torch.empty(0, 0, dtype=torch.bool, device=rows.device) if keep is None else keep.contiguous()
     columns = min(triton.next_power_of_2(max(flags.shape[1], 1)), COUNTED)
-    grid = (triton.cdiv(num_entries, CHUNK) + num_branches,)
-    select_kernel[grid](
-        flags.view(torch.uint8),
-        context_starts,
-        context_lengths,
-        own_starts,
-        own_lengths,
-        first_pairs,
-        pair_starts,
-        pair_lengths,
-        context_slots,
-        rows,
-        slots,
-        positions,
-        table,
-        branch_rows,
-        context_slots.shape[0],
-        num_entries,
-        num_branches,
-        *flags.shape,
-        BRANCHES=triton.next_power_of_2(num_branches),
-        CHUNK=CHUNK,
-        PAIRS=COUNTED // columns,
-        COLUMNS=columns,
-        num_warps=8,
-    )
+    with torch.cuda.device_of(rows):
+        select_kernel[(triton.cdiv(num_entries, CHUNK) + num_branches,)](
+            flags.view(torch.uint8), *places, rows, slots, positions, table, branch_rows,
+            places.context_slots.shape[0], num_entries, num_branches, *flags.shape,
+            BRANCHES=triton.next_power_of_2(num_branches), CHUNK=CHUNK, PAIRS=COUNTED // columns, COLUMNS=columns,
+            num_warps=8,
+        )  # fmt: skip
     return rows, slots, positions, table, branch_rows
 
 
-@triton.jit
+# The sizes of a batch are no reason to build the kernel again.
+@triton.jit(do_not_specialize=["num_context_rows", "num_entries", "num_branches", "num_pairs", "num_columns"])
 def select_kernel(
     keep,
     context_starts,
@@ -135,7 +108,7 @@ def select_kernel(
         place = chunk * CHUNK + tl.arange(0, CHUNK)
         inside, is_own = place < context_length + own_length, place >= context_length
         within = tl.load(context_slots + context_start + place, mask=inside & (place < context_length), other=-1)
-        slot = tl.where(within >= 0, first_pair * num_columns + within, -1)
+        slot = tl.where((within >= 0) & (num_columns > 0), first_pair * num_columns + within, -1)
         is_dropped = tl.load(keep + slot, mask=slot >= 0, other=1) == 0
         num_dropped = dropped_earlier + dropped_this + tl.cumsum(is_dropped.to(tl.int32), 0)
         entry = first_entry + place

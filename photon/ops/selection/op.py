@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from photon.ops import backend as backends
 from photon.ops.layout import Layout
 from photon.ops.selection import reference
+from photon.ops.selection.reference import Buffers, Places
 
 
 @dataclass(frozen=True)
@@ -47,18 +49,10 @@ def select_rows(keep: Tensor | None, layout: Layout, *, backend: str = "auto") -
     Raises:
         PhotonError: ``BACKEND_UNKNOWN`` or ``BACKEND_UNAVAILABLE``.
     """
+    places = Places(*(getattr(layout, name) for name in Places._fields))
+    implementation = backends.resolve(backend, layout.own_lengths.device)
     rows, slots, positions, table, branch_rows = torch.ops.photon.select_rows(
-        keep,
-        layout.context_starts,
-        layout.context_lengths,
-        layout.own_starts,
-        layout.own_lengths,
-        layout.first_pairs,
-        layout.pair_starts,
-        layout.pair_lengths,
-        layout.context_slots,
-        layout.num_entries,
-        backends.resolve(backend, layout.own_lengths.device),
+        keep, list(places), layout.num_entries, implementation
     )
     # The one synchronisation of the pruning step: how many rows remain is the size of everything that follows, and
     # the lengths are the bounds of the next layers' attention.
@@ -76,19 +70,11 @@ def select_rows(keep: Tensor | None, layout: Layout, *, backend: str = "auto") -
 
 @torch.library.custom_op("photon::select_rows", mutates_args=())
 def _select_rows(
-    keep: Tensor | None,
-    context_starts: Tensor,
-    context_lengths: Tensor,
-    own_starts: Tensor,
-    own_lengths: Tensor,
-    first_pairs: Tensor,
-    pair_starts: Tensor,
-    pair_lengths: Tensor,
-    context_slots: Tensor,
-    num_entries: int,
-    implementation: str,
+    keep: Tensor | None, places: Sequence[Tensor], num_entries: int, implementation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Buffers as long as if nothing were dropped, so that their size needs no look at the device.
+
+    ``places`` are those of :class:`Places`, in order.
 
     Returns:
         rows [M] with 0 behind the R rows that remain, slots [M] with -1 behind them, positions [M], a table [3, B] of
@@ -97,36 +83,12 @@ def _select_rows(
     if implementation == "triton":
         from photon.ops.selection import kernels
 
-        select = kernels.select_rows
-    else:
-        select = reference.select_rows
-    return select(
-        keep,
-        context_starts,
-        context_lengths,
-        own_starts,
-        own_lengths,
-        first_pairs,
-        pair_starts,
-        pair_lengths,
-        context_slots,
-        num_entries,
-    )
+        return kernels.select_rows(keep, Places(*places), num_entries)
+    return reference.select_rows(keep, Places(*places), num_entries)
 
 
 @_select_rows.register_fake
-def _(
-    keep: Tensor | None,
-    context_starts: Tensor,
-    context_lengths: Tensor,
-    own_starts: Tensor,
-    own_lengths: Tensor,
-    first_pairs: Tensor,
-    pair_starts: Tensor,
-    pair_lengths: Tensor,
-    context_slots: Tensor,
-    num_entries: int,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(keep: Tensor | None, places: Sequence[Tensor], num_entries: int, implementation: str) -> Buffers:
+    own_starts = Places(*places).own_starts
     rows, slots, positions, branch_rows = (own_starts.new_empty(num_entries) for _ in range(4))
     return rows, slots, positions, own_starts.new_empty(3, own_starts.shape[0]), branch_rows

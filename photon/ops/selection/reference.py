@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 
-def select_rows(
-    keep: Tensor | None,
-    context_starts: Tensor,
-    context_lengths: Tensor,
-    own_starts: Tensor,
-    own_lengths: Tensor,
-    first_pairs: Tensor,
-    pair_starts: Tensor,
-    pair_lengths: Tensor,
-    context_slots: Tensor,
-    num_entries: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The registered operator's contract; the kernel alone needs ``pair_starts`` and ``pair_lengths``."""
+class Places(NamedTuple):
+    """Where rows lie: the tensors of a layout that selection needs (the last but one and two: the kernel alone)."""
+
+    context_starts: Tensor
+    context_lengths: Tensor
+    own_starts: Tensor
+    own_lengths: Tensor
+    first_pairs: Tensor
+    pair_starts: Tensor
+    pair_lengths: Tensor
+    context_slots: Tensor
+
+
+Buffers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def select_rows(keep: Tensor | None, places: Places, num_entries: int) -> Buffers:
+    """The registered operator's contract."""
+    context_starts, context_lengths, own_starts, own_lengths, first_pairs, _, _, context_slots = places
     num_branches, num_context_rows = own_starts.shape[0], context_slots.shape[0]
     totals = context_lengths + own_lengths
     entry_starts = totals.cumsum(0) - totals

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from photon.ops.backend import is_interpreted
 from photon.ops.surrogate import reference
-from photon.ops.surrogate.op import Places
+from photon.ops.surrogate.reference import Places
 
 TILE = 16
 """Branches whose output rows are looked up together."""
@@ -32,63 +33,66 @@ def pack_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The registered operator's contract."""
     grad, context = _dense_rows(grad), _dense_rows(context)
-    grad_context, grad_branch = grad.new_empty(context.shape), grad.new_empty(branch.shape)
+    # Triton's interpreter cuts off digits where a GPU rounds to bfloat16: there PyTorch does it.
+    dtype = torch.float32 if is_interpreted() and grad.dtype == torch.bfloat16 else grad.dtype
+    grad_context, grad_branch = grad.new_empty(context.shape, dtype=dtype), grad.new_empty(branch.shape)
     shape = (0, 0) if p is None else p.shape
     alignment, magnitude, grad_p = (grad.new_empty(shape, dtype=torch.float32) for _ in range(3))
     num_rows, width = context.shape[0] + branch.shape[0], grad.shape[1]
     block = triton.next_power_of_2(width)
-    if num_rows:
-        rows_kernel[(num_rows,)](
-            grad,
-            context,
-            places.positions,
-            places.branch_rows,
-            places.entry_starts,
-            places.context_starts,
-            places.first_pairs,
-            places.context_slots,
-            places.row_context,
-            places.branch_bounds,
-            places.branches,
-            grad_context,
-            grad_branch,
-            alignment,
-            magnitude,
-            grad.stride(0),
-            context.stride(0),
-            context.shape[0],
-            width,
-            shape[1],
-            WITH_P=p is not None,
-            EXACT=tl.float64 if grad.dtype == torch.float64 else tl.float32,
-            TILE=TILE,
-            BLOCK=block,
-            num_warps=min(max(block // 512, 1), 16),
-        )
-    if p is not None and p.numel():
-        p = _dense_rows(p)
-        block = min(triton.next_power_of_2(p.shape[1]), COLUMNS)
-        probability_kernel[(p.shape[0],)](
-            alignment,
-            magnitude,
-            p,
-            places.pair_lengths,
-            grad_p,
-            p.stride(0),
-            p.shape[1],
-            IS_PAPER=rule == "paper",
-            BLOCK=block,
-            num_warps=min(max(block // 256, 1), 16),
-            enable_fp_fusion=False,
-        )
-    return grad_context, grad_branch, grad_p
+    with torch.cuda.device_of(grad):
+        if num_rows:
+            rows_kernel[(num_rows,)](
+                grad,
+                context,
+                places.positions,
+                places.branch_rows,
+                places.entry_starts,
+                places.context_starts,
+                places.first_pairs,
+                places.context_slots,
+                places.row_context,
+                places.branch_bounds,
+                places.branches,
+                grad_context,
+                grad_branch,
+                alignment,
+                magnitude,
+                grad.stride(0),
+                context.stride(0),
+                context.shape[0],
+                width,
+                shape[1],
+                WITH_P=p is not None,
+                EXACT=tl.float64 if grad.dtype == torch.float64 else tl.float32,
+                TILE=TILE,
+                BLOCK=block,
+                num_warps=min(max(block // 512, 1), 16),
+            )
+        if p is not None and p.numel():
+            p = _dense_rows(p)
+            block = min(triton.next_power_of_2(p.shape[1]), COLUMNS)
+            probability_kernel[(p.shape[0],)](
+                alignment,
+                magnitude,
+                p,
+                places.pair_lengths,
+                grad_p,
+                p.stride(0),
+                p.shape[1],
+                IS_PAPER=rule == "paper",
+                BLOCK=block,
+                num_warps=min(max(block // 256, 1), 16),
+                enable_fp_fusion=False,
+            )
+    return grad_context.to(grad.dtype), grad_branch, grad_p
 
 
 def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_context_rows", "num_columns"])
 def rows_kernel(
     grad,
     context,

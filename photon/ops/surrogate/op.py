@@ -7,34 +7,18 @@ gradient built from how the loss reacts to that token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from photon.config import SGP_RULES
 from photon.ops import backend as backends
-from photon.ops.compaction.op import move
+from photon.ops.compaction.op import check_pairs, move
 from photon.ops.layout import Layout
 from photon.ops.selection.op import Selection
 from photon.ops.surrogate import reference
-
-
-class Places(NamedTuple):
-    """Where rows went: the tensors of a selection and of its layout that backward needs."""
-
-    rows: Tensor
-    positions: Tensor
-    branch_rows: Tensor
-    entry_starts: Tensor
-    context_starts: Tensor
-    first_pairs: Tensor
-    pair_branch: Tensor
-    pair_starts: Tensor
-    pair_lengths: Tensor
-    context_slots: Tensor
-    row_context: Tensor
-    branch_bounds: Tensor
-    branches: Tensor
+from photon.ops.surrogate.reference import Places
 
 
 def pack(
@@ -63,8 +47,12 @@ def pack(
         [R, D], equal to ``torch.cat([context, branch])[selection.rows]``.
 
     Raises:
+        ValueError: when the rows do not make a pair on the device of the selection, or for another rule.
         PhotonError: ``BACKEND_UNKNOWN`` or ``BACKEND_UNAVAILABLE``.
     """
+    check_pairs([context], [branch], selection.rows)
+    if rule not in SGP_RULES:
+        raise ValueError(f"{rule!r} is not one of the rules {SGP_RULES}")
     shared = (getattr(layout, name) for name in Places._fields[4:])
     places = Places(selection.rows, selection.positions, selection.branch_rows, selection.entry_starts, *shared)
     implementation = backends.resolve(backend, context.device)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from photon.ops.compaction import reference as compaction
-
-if TYPE_CHECKING:
-    from photon.ops.surrogate.op import Places
 
 SIGMA_FLOOR = 3e-3
 STANDARDISED_LIMIT = 1.5
@@ -20,20 +17,31 @@ SLOPE_FLOOR = 5e-3
 GAIN = 0.8
 
 
+class Places(NamedTuple):
+    """Where rows went: the tensors of a selection and of its layout that backward needs."""
+
+    rows: Tensor
+    positions: Tensor
+    branch_rows: Tensor
+    entry_starts: Tensor
+    context_starts: Tensor
+    first_pairs: Tensor
+    pair_branch: Tensor
+    pair_starts: Tensor
+    pair_lengths: Tensor
+    context_slots: Tensor
+    row_context: Tensor
+    branch_bounds: Tensor
+    branches: Tensor
+
+
 def pack_backward(
     grad: Tensor, context: Tensor, branch: Tensor, p: Tensor | None, places: Places, rule: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The registered operator's contract."""
-    num_context_rows = context.shape[0]
-    exact = torch.promote_types(grad.dtype, torch.float32)
-    total = grad.new_zeros(num_context_rows + branch.shape[0], grad.shape[1], dtype=exact)
-    if grad.is_cpu:
-        total.index_add_(0, places.rows, grad.to(exact))
-    else:
-        # On a GPU index_add_ adds in whatever order its atomics come; this one sorts first.
-        total.index_put_((places.rows,), grad.to(exact), accumulate=True)
-    # Copies: outputs of an operator share no memory.
-    grad_context, grad_branch = (half.to(grad.dtype, copy=True) for half in total.tensor_split([num_context_rows]))
+    grad_context = _context_gradient(grad, context.shape[0], places.rows).to(grad.dtype)
+    # A branch's own row is in its branch alone, and always stays.
+    grad_branch = grad.index_select(0, places.branch_rows)
     if p is None:
         return grad_context, grad_branch, grad.new_empty(0, 0, dtype=torch.float32)
 
@@ -45,6 +53,20 @@ def pack_backward(
         for x in (products, products.abs())
     )
     return grad_context, grad_branch, probability_gradient(alignment, magnitude, p, valid, rule=rule)
+
+
+def _context_gradient(grad: Tensor, num_rows: int, rows: Tensor) -> Tensor:
+    """Sum [Tc, D] of the gradients of all output rows that took a context row, in float32 or wider."""
+    total = grad.new_zeros(num_rows, grad.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))
+    if not num_rows:
+        return total
+    # Own rows add nothing to the first row: leaving them out would mean waiting for a GPU to count them.
+    is_own = rows >= num_rows
+    target, values = torch.where(is_own, 0, rows), torch.where(is_own[:, None], 0.0, grad).to(total.dtype)
+    if grad.is_cpu:
+        return total.index_add_(0, target, values)
+    # On a GPU index_add_ adds in whatever order its atomics come; this one sorts first.
+    return total.index_put_((target,), values, accumulate=True)
 
 
 def _outputs_of_tokens(p: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:

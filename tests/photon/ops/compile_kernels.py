@@ -17,11 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from photon.ops.compaction import kernels as compaction
 from photon.ops.saliency import kernels as saliency
 from photon.ops.schedule import kernels as schedule
+from photon.ops.selection import kernels as selection
+from photon.ops.surrogate import kernels as surrogate
 
 TARGETS = (80, 90)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -102,13 +106,82 @@ def schedule_cases() -> list[Case]:
             options={"num_warps": schedule.num_warps(columns), "enable_fp_fusion": False},
             label=str(columns),
         )
-        for columns in (1024, 4096, 8192, 16384, 32768)
+        for columns in (1024, 8192, 32768)
+    ]
+
+
+def selection_cases() -> list[Case]:
+    """One question about 7000 tokens, and 64 questions about 1000."""
+    tables = ("*u8", *("*i64",) * 13)
+    return [
+        Case(
+            kernel=selection.select_kernel,
+            types=(*tables, *("i32",) * 5),
+            constants={"BRANCHES": branches, "CHUNK": selection.CHUNK, "PAIRS": pairs, "COLUMNS": columns},
+            options={"num_warps": 8},
+            label=f"{branches} questions",
+        )
+        for branches, pairs, columns in (
+            (1, 1, 4096),
+            (64, 4, 1024),
+        )
+    ]
+
+
+def compaction_cases() -> list[Case]:
+    """Rows moved by vectors, and by single bytes where nothing is aligned."""
+    return [
+        Case(
+            kernel=compaction.compact_kernel,
+            types=("*i64", "*i64", "i32", "i32"),
+            constants={
+                "ROWS": compaction.ROWS,
+                "NUM_WORDS": compaction.PIECE_BYTES // word,
+                "WORD": compaction.WORDS[word],
+                "WORD_BYTES": word,
+                "ALIGNMENT": alignment,
+            },
+            options={"num_warps": 4},
+            label=f"words of {word}",
+        )
+        for word, alignment in ((8, 16), (1, 1))
+    ]
+
+
+def surrogate_cases() -> list[Case]:
+    """Both launches of the backward, and the first without probabilities."""
+    table = ("*fp32", "*fp32", "*fp32", "*i64", "*fp32", "i32", "i32")
+    rows = ("*bf16", "*bf16", *("*i64",) * 9, "*bf16", "*bf16", "*fp32", "*fp32", *("i32",) * 5)
+    constants = {"EXACT": tl.float32, "TILE": surrogate.TILE, "BLOCK": 2048}
+    return [
+        *(
+            Case(
+                kernel=surrogate.rows_kernel,
+                types=rows,
+                constants={"WITH_P": with_p, **constants},
+                options={"num_warps": 4},
+                label="with p" if with_p else "rows alone",
+            )
+            for with_p in (True, False)
+        ),
+        Case(
+            kernel=surrogate.probability_kernel,
+            types=table,
+            constants={"IS_PAPER": True, "BLOCK": surrogate.COLUMNS},
+            options={"num_warps": 16, "enable_fp_fusion": False},
+        ),
     ]
 
 
 def cases() -> list[Case]:
     """Every kernel of the operators."""
-    return [*saliency_cases(), *schedule_cases()]
+    return [*saliency_cases(), *schedule_cases(), *selection_cases(), *compaction_cases(), *surrogate_cases()]
+
+
+def kernels() -> set[str]:
+    """Names of all functions that are launched."""
+    modules = (saliency, schedule, selection, compaction, surrogate)
+    return {name for module in modules for name in vars(module) if name.endswith("_kernel")}
 
 
 def usage(cubin: bytes) -> dict[str, int]:
@@ -122,6 +195,8 @@ def usage(cubin: bytes) -> dict[str, int]:
 
 
 def main() -> None:
+    missing = kernels() - {case.kernel.__name__ for case in cases()}
+    assert not missing, f"no case for {missing}"
     for case in cases():
         for capability in TARGETS:
             target = GPUTarget("cuda", capability, 32)
