@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import os
 import resource
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,11 @@ import numpy as np
 from common import write_results
 
 from pipelines.preprocess import preprocess
-from pipelines.preprocess_scan import ScanJob, do_scan
+from pipelines.preprocess_scan import Outcome, ScanJob, do_scan
 from pipelines.scans.find import find_scans
 from pipelines.scans.nifti import write_scan
 from pipelines.volumes import VOLUME_SPECS, VolumeSpec
+from pipelines.workers import run_in_processes
 
 TINY = VolumeSpec(spacing_mm=12.0, shape=(14, 28, 28), window_hu=(-200, 300))
 
@@ -64,31 +67,68 @@ def real_scan_seconds(folder: Path) -> float:
     return seconds_per_scan(folder / "large", folder / "large-volumes", VOLUME_SPECS["photon"], 1)
 
 
+def rss_mib(pid: int) -> int:
+    """Memory of a process; 0 for one that has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize() >> 20
+    except OSError:
+        return 0
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that a process started, and those that they started."""
+    try:
+        children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return [*children, *(grandchild for child in children for grandchild in descendants(child))]
+
+
+def timed_scan(job: ScanJob) -> tuple[Outcome, float]:
+    """A scan, and how long it took where it was done."""
+    started = time.perf_counter()
+    return do_scan(job), time.perf_counter() - started
+
+
 def run_processes(folder: Path, scans: Path, num_scans: int, num_workers: int) -> dict[str, Any]:
     """One run from nothing, one with nothing to do, with the memory of this process on the way."""
-    memory: list[int] = []
+    memory: list[tuple[int, int]] = []
 
     def note(done: int, total: int, _: str) -> None:
         if done % max(total // 10, 1) == 0:
-            memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20)
+            memory.append((rss_mib(os.getpid()), max(map(rss_mib, descendants(os.getpid())), default=0)))
+
+    in_workers: list[float] = []
+
+    def run_jobs(jobs: Sequence[ScanJob]) -> Iterator[tuple[ScanJob, Outcome | None]]:
+        for job, result in run_in_processes(timed_scan, jobs, num_workers):
+            assert result is not None
+            in_workers.append(result[1])
+            yield job, result[0]
 
     found = {}
     for name in ("first", "unchanged"):
         memory.clear()
+        in_workers.clear()
         started = time.perf_counter()
-        record = preprocess(scans, folder / "volumes", TINY, modality="ct", num_workers=num_workers, on_progress=note)
+        record = preprocess(scans, folder / "volumes", TINY, modality="ct", run_jobs=run_jobs, on_progress=note)
         elapsed = time.perf_counter() - started
         assert record.num_ok == num_scans and record.num_new == (num_scans if name == "first" else 0)
-        found[name] = {"elapsed_s": elapsed, "ms_per_scan": 1e3 * elapsed / num_scans, "rss_mib_by_tenth": list(memory)}
-    workers_mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10
-    return found | {"largest_worker_mib": workers_mib}
+        found[name] = {
+            "elapsed_s": elapsed,
+            "ms_per_scan": 1e3 * elapsed / num_scans,
+            "work_ms_per_scan": 1e3 * sum(in_workers) / num_scans,
+            "orchestration_ms_per_scan": 1e3 * (elapsed * num_workers - sum(in_workers)) / num_scans,
+            "rss_mib_by_tenth": [own for own, _ in memory],
+            "largest_worker_mib_by_tenth": [most for _, most in memory],
+        }
+    return found
 
 
 def run_tasks(folder: Path, scans: Path, num_scans: int, runner: str, work_s: float) -> list[dict[str, float]]:
     """Time of Prefect's tasks for several numbers of scans a task, less the work itself."""
-    from flows.preprocess import run_preprocess
-
     from flows import settings
+    from flows.preprocess import run_preprocess
 
     settings.apply(folder / "state")
     rows = []
@@ -122,8 +162,7 @@ def main() -> None:
         if options.runner == "processes":
             found |= {"num_workers": options.num_workers}
             found |= run_processes(folder, folder / "scans", options.num_scans, options.num_workers)
-            spent = found["first"]["ms_per_scan"] * options.num_workers - found["tiny_scan_ms"]
-            found["orchestration_ms_per_scan"] = spent
+            spent = found["first"]["orchestration_ms_per_scan"]
             found["orchestration_share_of_a_real_scan"] = spent / (spent + found["real_scan_ms"])
         else:
             found["tasks"] = run_tasks(folder, folder / "scans", options.num_scans, options.runner, work_s)

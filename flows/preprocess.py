@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from flows import settings
 
@@ -25,6 +25,7 @@ from photon.errors import PhotonError  # noqa: E402
 from pipelines.preprocess import preprocess  # noqa: E402
 from pipelines.preprocess_scan import Outcome, ScanJob, do_scan  # noqa: E402
 from pipelines.results import PreprocessRecord  # noqa: E402
+from pipelines.volumes import VolumeSpec  # noqa: E402
 from pipelines.workers import default_num_workers  # noqa: E402
 
 SCANS_PER_TASK = 32
@@ -34,7 +35,7 @@ RUNNERS = ("processes", "threads", "dask", "ray")
 def run_preprocess(
     input: Path,
     output: Path,
-    spec: Any,
+    spec: VolumeSpec,
     *,
     runner: str,
     scans_per_task: int = SCANS_PER_TASK,
@@ -63,8 +64,8 @@ def run_preprocess(
         return preprocess(input, output, spec, run_jobs=in_tasks(scans_per_task), **options)
 
     with settings.embedded_server(), settings.quiet_flow_errors():
-        record: PreprocessRecord = preprocess_flow()
-    return record
+        record: Any = preprocess_flow()
+    return cast(PreprocessRecord, record)
 
 
 def make_task_runner(name: str, address: str | None, num_workers: int) -> TaskRunner[Any]:

@@ -117,12 +117,13 @@ def _plane(plane: Plane) -> Markup:
 
 
 def _caption(row: dict[str, Any], volume: Volume) -> Markup:
-    source = {"declared": "as declared", "header": "by its header", "inferred": "by its values"}
+    how = {"declared": " as declared", "header": " by its header", "inferred": " by its values"}
     facts = (
-        f"{row['modality'].upper()} {source[row['modality_source']]} · {_times(row['shape'])} at "
-        f"{_times(round(s, 2) for s in row['spacing_mm'])} mm, {row['orientation']} · "
-        f"{row['min_hu']:g} to {row['max_hu']:g}"
+        f"{row['modality'].upper()}{how.get(row['modality_source'], '')} · {_times(row['shape'])} at "
+        f"{_times(round(s, 2) for s in row['spacing_mm'])} mm, {row['orientation']}"
     )
+    if row["min_hu"] is not None and row["max_hu"] is not None:
+        facts += f" · {row['min_hu']:g} to {row['max_hu']:g}"
     grid = (
         f"grid {_times(volume.voxels.shape)} at {_times(round(s, 2) for s in volume_spacing_mm(volume))} mm (Z, Y, X)"
     )

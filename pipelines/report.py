@@ -13,6 +13,7 @@ import polars as pl
 from photon.errors import PhotonError
 from pipelines import report_evaluation
 from pipelines.answers import read_answers
+from pipelines.contact_sheet import write_contact_sheet
 from pipelines.figures import stage_starts, training_curves
 from pipelines.files import prepare_output_folder, read_json, write_text
 from pipelines.page import Markup, definitions, drawing, join, page, row, table, tag
@@ -22,6 +23,7 @@ from pipelines.results import EvaluateRecord, ExportRecord, Record, ScoreRecord,
 from pipelines.score_store import validate_scores
 
 REPORT_FILE = "report.html"
+SCANS_FILE = "scans.html"
 
 STAGE_NAMES = {"soft": "soft masking", "hard": "hard pruning"}
 
@@ -38,7 +40,8 @@ PLACES = {
 
 
 def build_report(run: Path, data: Path, provenance: Mapping[str, str] | None = None) -> Path:
-    """Write ``report.html``: self-contained, without scripts, asking nothing of the network.
+    """Write ``report.html``: self-contained, without scripts, asking nothing of the network; and ``scans.html``, the
+    contact sheet of the data, to which it has a link.
 
     A part of the run that is missing or unreadable costs its own section, which says so in a sentence.
 
@@ -59,6 +62,7 @@ def build_report(run: Path, data: Path, provenance: Mapping[str, str] | None = N
         *_evaluation_sections(run, data),
         ("Training", _or_note("training", lambda: _training(run))),
         ("Export", _or_note("export", lambda: _export(run))),
+        ("Data", _or_note("contact sheet of the data", lambda: _data(run, data))),
         ("Archive scoring", _or_note("archive scoring", lambda: _scoring(run))),
         ("Provenance", _provenance(run, summary, provenance or {})),
     ]
@@ -130,6 +134,14 @@ def _export(run: Path) -> Markup:
         ("Files", ", ".join(sorted(Path(file).name for file in record.files.values()))),
     ]
     return join(tag("p", words), definitions(facts))
+
+
+def _data(run: Path, data: Path) -> Markup:
+    """How many scans the data holds, and a link to their contact sheet, which is written beside the report."""
+    record = write_contact_sheet(data / "volumes", run / SCANS_FILE)
+    link = tag("a", "contact sheet", href=SCANS_FILE)
+    words = f": {record.num_shown:,} scans in three planes each, and why {record.num_refused:,} were refused."
+    return tag("p", "The ", link, words)
 
 
 def _scoring(run: Path) -> Markup:

@@ -230,7 +230,7 @@ def test_a_corrupt_volume_costs_the_pictures_alone(tmp_path: Path) -> None:
     path.write_bytes(content)
     text = _text(build_report(run, tmp_path).read_text())
     assert "GZIP_CORRUPT" in text
-    assert "This run shows no contact sheet: real-mr.safetensors: the voxels do not have the recorded checksum" in text
+    assert "This run shows no contact sheet: real-mr.safetensors: it is not a whole volume file" in text
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
