@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 from pydicom.encaps import get_frame
 from pydicom.pixels import get_decoder
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, RLELossless
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    JPEG2000TransferSyntaxes,
+    JPEGLSTransferSyntaxes,
+    RLELossless,
+)
 
 from photon.errors import PhotonError
 from pipelines.scans.checks import check_scaling
@@ -93,18 +99,23 @@ def stored_values(value: bytes, pixels: Pixels, frame: int, path: Path) -> tuple
     Raises:
         PhotonError: ``PIXELS_CORRUPT``, ``SCAN_TRUNCATED`` or ``FORMAT_UNSUPPORTED``.
     """
+    high = pixels.high_bit
     if pixels.length is None:
-        values = _decompressed(value, pixels, frame, path)
-        return values, values
-    kind = f"{'>' if pixels.is_big_endian else '<'}{'i' if pixels.is_signed else 'u'}{pixels.bits_allocated // 8}"
-    size = pixels.rows * pixels.columns
-    whole = np.frombuffer(value, kind, size, frame * size * pixels.bits_allocated // 8)
-    whole = whole.reshape(pixels.rows, pixels.columns)
-    if pixels.bits_stored == pixels.bits_allocated:
+        whole = _decompressed(value, pixels, frame, path)
+        if pixels.syntax in (*JPEG2000TransferSyntaxes, *JPEGLSTransferSyntaxes):
+            return whole, whole  # the stream itself says how many bits hold its values
+        if pixels.syntax != RLELossless:
+            high = pixels.bits_stored - 1  # JPEG stores numbers, RLE the words that hold them
+    else:
+        kind = f"{'>' if pixels.is_big_endian else '<'}{'i' if pixels.is_signed else 'u'}{pixels.bits_allocated // 8}"
+        size = pixels.rows * pixels.columns
+        whole = np.frombuffer(value, kind, size, frame * size * pixels.bits_allocated // 8)
+        whole = whole.reshape(pixels.rows, pixels.columns)
+    num_bits = 8 * whole.itemsize
+    if pixels.bits_stored >= num_bits:
         return whole, whole
-    native = whole.astype(whole.dtype.newbyteorder("="))
-    cut = native << (pixels.bits_allocated - 1 - pixels.high_bit)
-    return native, cut >> (pixels.bits_allocated - pixels.bits_stored)
+    whole = whole.astype(whole.dtype.newbyteorder("="))
+    return whole, whole << (num_bits - 1 - high) >> (num_bits - pixels.bits_stored)
 
 
 def stored_range(pixels: Pixels) -> tuple[int, int]:
@@ -141,6 +152,7 @@ def _decompressed(value: bytes, pixels: Pixels, frame: int, path: Path) -> np.nd
         "bits_stored": pixels.bits_stored,
         "pixel_representation": int(pixels.is_signed),
         "pixel_keyword": "PixelData",
+        "correct_unused_bits": False,  # padding may need them
     }
     try:
         if pixels.syntax != RLELossless:

@@ -142,8 +142,9 @@ def test_mr_needs_no_slope(tmp_path: Path, dicom: Any) -> None:
     assert scan.modality == "mr" and scan.array.dtype == np.int16
 
 
+@pytest.mark.parametrize("compress", [None, RLELossless])
 @pytest.mark.parametrize("dtype", [np.uint16, np.int16])
-def test_bits_beyond_those_stored_do_not_count(tmp_path: Path, dicom: Any, dtype: type) -> None:
+def test_bits_beyond_those_stored_do_not_count(tmp_path: Path, dicom: Any, dtype: type, compress: str | None) -> None:
     def mark(image: Dataset, index: int) -> None:
         image.BitsStored, image.HighBit = 12, 11
         values = np.frombuffer(image.PixelData, "<u2").copy()
@@ -151,7 +152,7 @@ def test_bits_beyond_those_stored_do_not_count(tmp_path: Path, dicom: Any, dtype
         image.PixelData = values.tobytes()
 
     values = np.random.RandomState(0).randint(0 if dtype == np.uint16 else -2000, 2000, (3, 4, 5)).astype(dtype)
-    dicom.write_series(tmp_path, values & np.array(0xFFF, np.uint16).astype(dtype), change=mark)
+    dicom.write_series(tmp_path, values & np.array(0xFFF, np.uint16).astype(dtype), change=mark, compress=compress)
     scan = only_scan(tmp_path)
     np.testing.assert_array_equal(scan.array, values.transpose(2, 1, 0).astype(np.int16) - 1024)
     assert any("bits set beyond" in note for note in scan.notes)
@@ -180,14 +181,15 @@ def test_padding_of_ct_becomes_air(tmp_path: Path, dicom: Any) -> None:
     assert scan.notes == ("108 voxels of padding: set to -1000 HU",)
 
 
-def test_padding_that_needs_more_bits_than_the_values(tmp_path: Path, dicom: Any) -> None:
+@pytest.mark.parametrize("compress", [None, RLELossless])
+def test_padding_that_needs_more_bits_than_the_values(tmp_path: Path, dicom: Any, compress: str | None) -> None:
     def pad(image: Dataset, index: int) -> None:
         image.BitsStored, image.HighBit = 12, 11
         image.add_new("PixelPaddingValue", "SS", -2000)  # cut to twelve bits it would be bone
 
     stored = dicom.random_stored()
     stored[:, :2] = 65536 - 2000
-    dicom.write_series(tmp_path, stored, change=pad)
+    dicom.write_series(tmp_path, stored, change=pad, compress=compress)
     scan = only_scan(tmp_path)
     assert (scan.array[:, :2] == -1000).all() and scan.array[:, 2:].max() < 1500
 
