@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.datasets.base import Refusal, RowError, ScanFile
-from pipelines.datasets.tables import csv_rows, files_below, header_of
+from pipelines.datasets.base import Place, Refusal, RowError, ScanFile
+from pipelines.datasets.tables import csv_rows, files_below, header_of, is_of_masks
 from pipelines.scans.find import scan_id_of
 
 _ID = re.compile(r"BDMAP_[A-Za-z]*\d+")
@@ -26,14 +26,22 @@ def scan_name(text: str) -> str:
 
 
 def find_atlas_scans(images: Path, wanted: frozenset[str]) -> Iterator[ScanFile | Refusal]:
-    """Files ``<id>/ct.nii.gz`` or ``<id>.nii.gz`` of the wanted scans, each once."""
-    found: dict[str, Path] = {}
+    """Files ``<id>/ct.nii.gz`` or, where there is none, ``<id>.nii.gz`` of the wanted scans, each once.
+
+    Several files that may be the scan are copies if they are of one size; else which of them it is cannot be told.
+    """
+    found: defaultdict[str, list[Path]] = defaultdict(list)
     for path in files_below(images, ".nii", ".nii.gz"):
         scan_id = path.parent.name if scan_id_of(path) == "ct" else scan_id_of(path)
-        if scan_id in wanted:
-            found.setdefault(scan_id, path)
-    for scan_id, path in sorted(found.items()):
-        yield ScanFile(scan_id=scan_id, path=path)
+        if scan_id in wanted and not is_of_masks(path, images):
+            found[scan_id].append(path)
+    for scan_id, paths in sorted(found.items()):
+        likely = [path for path in paths if scan_id_of(path) == "ct"] or paths
+        if len({path.stat().st_size for path in likely}) > 1:
+            place = Place(file=likely[0].relative_to(images).as_posix(), row=0)
+            yield Refusal(place=place, reason="two files have the scan's name", detail=scan_id)
+        else:
+            yield ScanFile(scan_id=scan_id, path=likely[0])
 
 
 def patients_of(folder: Path) -> dict[str, str]:

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Protocol
 
 from photon.errors import PhotonError
-from pipelines.datasets.splits import SplitRule
+from pipelines.datasets.splits import SPLITS, SplitRule
 from pipelines.questions import Question
 
 REPEATED = "the row repeats another"
 CONTRADICTED = "another row answers the same question otherwise"
+HELD_OUT = "the row is in a more held-out split too"
+MAX_NAME_BYTES = 200
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,9 @@ class Place:
 
     file: str
     row: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "file", printable(self.file))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +72,9 @@ class Refusal:
     place: Place
     reason: str
     detail: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "detail", printable(self.detail))
 
 
 class RowError(ValueError):
@@ -181,32 +189,39 @@ def assemble(dataset: str, rows: Iterable[Draft | Refusal], rule: SplitRule) -> 
     """Give drafts their ids and splits, and refuse what is no question, comes twice or contradicts another.
 
     The result depends on what the rows hold and not on their order: an id is the checksum of the dataset's name and
-    the row's identity, and of rows that contradict each other none is kept.
+    the row's identity, of rows that contradict each other none is kept, and a row that comes in two splits stays in
+    the one that is held out most.
     """
     drafts: list[Draft] = []
     refusals: list[Refusal] = []
     for row in rows:
         (refusals if isinstance(row, Refusal) else drafts).append(row)  # type: ignore[arg-type]
     has_own_val = any(draft.split == "val" for draft in drafts)
-    found: dict[str, tuple[Question, Place]] = {}
-    contradicted: set[str] = set()
+    found: dict[str, dict[Question, Place]] = {}
     for draft in drafts:
         try:
             question = _question(dataset, draft, rule.split_of(draft.patient_id, draft.split, has_own_val))
         except RowError as error:
             refusals.append(Refusal(place=draft.place, reason=error.reason, detail=error.detail))
             continue
-        earlier = found.setdefault(question.question_id, (question, draft.place))
-        if earlier[1] is draft.place:
-            continue
-        is_same = earlier[0] == question
-        if not is_same:
-            contradicted.add(question.question_id)
-        refusals.append(Refusal(place=draft.place, reason=REPEATED if is_same else CONTRADICTED))
-    for question_id in contradicted:
-        refusals.append(Refusal(place=found.pop(question_id)[1], reason=CONTRADICTED))
-    kept = sorted((question for question, _ in found.values()), key=lambda q: (q.scan_id, q.question_id))
-    return Assembled(questions=kept, refusals=sorted(refusals, key=lambda r: (r.place.file, r.place.row, r.reason)))
+        same_id = found.setdefault(question.question_id, {})
+        if question in same_id:
+            refusals.append(Refusal(place=draft.place, reason=REPEATED))
+        else:
+            same_id[question] = draft.place
+    kept = []
+    for same_id in found.values():
+        last = max(same_id, key=lambda question: SPLITS.index(question.split))
+        is_same_but_split = all(dataclasses.replace(question, split=last.split) == last for question in same_id)
+        if is_same_but_split:
+            kept.append(last)
+            del same_id[last]
+        reason = HELD_OUT if is_same_but_split else CONTRADICTED
+        refusals += [Refusal(place=place, reason=reason) for place in same_id.values()]
+    return Assembled(
+        questions=sorted(kept, key=lambda q: (q.scan_id, q.question_id)),
+        refusals=sorted(refusals, key=lambda r: (r.place.file, r.place.row, r.reason)),
+    )
 
 
 def stable_id(dataset: str, identity: Sequence[str]) -> str:
@@ -215,7 +230,18 @@ def stable_id(dataset: str, identity: Sequence[str]) -> str:
     return f"{dataset}.{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
 
 
+def printable(text: str) -> str:
+    """A text that can be written as UTF-8: what cannot (parts of a file's name, of a damaged row) as ``\\udc80``."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _question(dataset: str, draft: Draft, split: str) -> Question:
+    texts = (draft.scan_id, draft.patient_id, draft.subtype, draft.organ, draft.question, draft.answer, *draft.options)
+    if any(printable(text) != text for text in texts):
+        raise RowError("a text is no Unicode")
+    is_name = draft.scan_id.isprintable() and not draft.scan_id.startswith(".") and "/" not in draft.scan_id
+    if not is_name or len(draft.scan_id.encode()) > MAX_NAME_BYTES:
+        raise RowError("the scan's name cannot be that of a file", repr(draft.scan_id[:80]))
     if not draft.answer:
         raise RowError("there is no answer")
     if draft.kind == "closed":

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipelines.datasets.base import Draft, ImportOptions, Place, Refusal, RowError, ScanFile
 from pipelines.datasets.ct_rate_scans import scan_name as ct_rate_name
+from pipelines.datasets.splits import split_in_name
 from pipelines.datasets.tables import Row, files_below, json_rows, nothing_found, plain, words
 from pipelines.datasets.texts import AnswerShape, quantity, split_choices, yes_no_options
 from pipelines.questions import FAMILIES
@@ -20,6 +21,11 @@ from pipelines.scans.find import scan_id_of
 
 VIDEO = "<video>"
 _ENDINGS = (".nii", ".nii.gz")
+_USUAL = ("ct", "image", "volume", "scan", "img")
+_MAX_PATH = 2000
+
+Names = dict[str, tuple[str, str] | None]
+"""Path of a scan as rows have it -> its scan id and patient id; None where it cannot be told from another."""
 
 
 class Chat:
@@ -28,9 +34,10 @@ class Chat:
     name = "chat"
     title = "conversations about scans, in the JSON of the public Photon (messages, videos)"
     notes: tuple[str, ...] = (
-        "The file does not say which patient a scan is of. Names of CT-RATE tell; of other files each folder and name "
-        "counts as a patient of its own, so give one name to one patient before splitting by it.",
-        "The split is the first of train, val and test that the file's name holds, else by a checksum of the patient.",
+        "The file does not say which patient a scan is of. Names of CT-RATE tell; of other files each name counts as a "
+        "patient of its own, so give one name to one patient before splitting by it. Where files in several folders "
+        "have one name, scans are called by folder and name, and a folder is a patient.",
+        "The split is the first word of the file's name that is train, val or test, else by a checksum of the patient.",
         "Answers that are yes or no become closed questions, as do those that are a choice listed in the question; "
         "bare numbers become numbers; all others are texts. Family and subtype are read where rows have them.",
         "Conversations of more than one question are refused: later ones lean on earlier answers. System "
@@ -41,6 +48,7 @@ class Chat:
     def drafts(self, folder: Path, options: ImportOptions) -> Iterator[Draft | Refusal]:
         """Samples of every .json and .jsonl file whose first row has messages."""
         is_found = False
+        names = _names(folder)
         for path in files_below(folder, ".json", ".jsonl"):
             rows = json_rows(path, folder)
             first = next(rows, None)
@@ -52,7 +60,7 @@ class Chat:
                     yield row
                     continue
                 try:
-                    yield _draft(row, path)
+                    yield _draft(row, path, names)
                 except RowError as error:
                     yield Refusal(place=row.place, reason=error.reason, detail=error.detail)
         if not is_found:
@@ -61,39 +69,73 @@ class Chat:
     def scan_files(self, folder: Path, wanted: frozenset[str], options: ImportOptions) -> Iterator[ScanFile | Refusal]:
         """Scans by the paths that the rows name: as they are, below the folder, or below the images folder."""
         images = options.images or folder
-        by_name: dict[str, list[Path]] = {}
+        by_name: defaultdict[str, list[Path]] = defaultdict(list)
         for path in files_below(images, *_ENDINGS):
-            by_name.setdefault(_scan_name(path.relative_to(images).as_posix())[0], []).append(path)
-        for scan_id, named in sorted(_named_paths(self, folder, options, wanted).items()):
-            candidates = [path for path in (Path(named), folder / named, images / named) if path.is_file()]
-            same_name = by_name.get(scan_id, [])
+            relative = path.relative_to(images).as_posix()
+            for name in {_scan_name(relative)[0], _with_folder(relative)[0]}:
+                by_name[name].append(path)
+        named: dict[str, str] = {}
+        for video, name in sorted(_names(folder).items()):
+            if name is not None and name[0] in wanted:
+                named.setdefault(name[0], video)
+        for scan_id, video in sorted(named.items()):
+            candidates = [path for path in (folder / video, images / video, Path(video)) if path.is_file()]
+            same_name = by_name[scan_id]
             if candidates or len(same_name) == 1:
                 yield ScanFile(scan_id=scan_id, path=(candidates or same_name)[0])
             elif same_name:
-                place = Place(file=named, row=0)
+                place = Place(file=video, row=0)
                 yield Refusal(place=place, reason="two files have the scan's name", detail=scan_id)
 
 
-def _named_paths(reader: Chat, folder: Path, options: ImportOptions, wanted: frozenset[str]) -> dict[str, str]:
-    """Wanted scan id -> the path that the rows have for it."""
-    named: dict[str, str] = {}
+def _names(folder: Path) -> Names:
+    """Names of every scan below a folder, by its path as the rows have it."""
+    videos = set()
     for path in files_below(folder, ".json", ".jsonl"):
         for row in json_rows(path, folder):
             if isinstance(row, Refusal) or "messages" not in row.content:
                 continue
             try:
-                video = _video(row)
+                videos.add(_video(row))
             except RowError:
                 continue
-            scan_id = _scan_name(video)[0]
-            if scan_id in wanted:
-                named.setdefault(scan_id, video)
-    return named
+    return _told_apart(videos)
 
 
-def _draft(row: Row, path: Path) -> Draft:
+def _told_apart(videos: Iterable[str]) -> Names:
+    """Path -> scan id and patient id; None for a path that may be two scans.
+
+    Where the last part of a path does for a name, it is the name. Where different paths have the same last part, as
+    ``P1/CT.nii.gz`` and ``P2/CT.nii.gz``, one more folder is put before it. A path that another one ends in is the
+    same path, as ``P1/CT.nii.gz`` of ``/data/P1/CT.nii.gz``.
+    """
+    groups: defaultdict[str, set[str]] = defaultdict(set)
+    for video in videos:
+        groups[_scan_name(video)[0]].add(video)
+    names: Names = {}
+    for group in groups.values():
+        endings: defaultdict[str, set[str]] = defaultdict(set)
+        for video in group:
+            parts = PurePosixPath(video).parts
+            for start in range(1, len(parts)):
+                endings["/".join(parts[start:])].add(video)
+        whole = {video for video in group if not endings[video]}
+        if len(whole) == 1 or any(_is_ct_rate(video) for video in group):
+            names |= {video: _scan_name(video) for video in group}
+            continue
+        for video in group:
+            owners = {_with_folder(owner) for owner in ({video} if video in whole else endings[video] & whole)}
+            names[video] = owners.pop() if len(owners) == 1 else None
+        taken = [names[video] for video in whole]
+        names |= {video: None for video in group if taken.count(names[video]) > 1}
+    return names
+
+
+def _draft(row: Row, path: Path, names: Names) -> Draft:
     video = _video(row)
-    scan_id, patient_id = _scan_name(video)
+    if names[video] is None:
+        raise RowError("two scans have the path", repr(video[-80:]))
+    scan_id, patient_id = names[video]
     asked, answer = _first_turn(row.content["messages"])
     if asked.count(VIDEO) > 1:
         raise RowError("it is about more than one scan", f"{asked.count(VIDEO)} {VIDEO} tags")
@@ -105,7 +147,7 @@ def _draft(row: Row, path: Path) -> Draft:
         identity=(row.optional("question id", "qid", "id"), scan_id, question, *([] if kind == "closed" else [answer])),
         scan_id=scan_id,
         patient_id=patient_id,
-        split=_split(path),
+        split=split_in_name(path.stem),
         family=family if family in FAMILIES else "recognition",
         subtype=words(row.optional("subtype", "question subtype")) or "conversation",
         kind=kind,
@@ -127,23 +169,43 @@ def _video(row: Row) -> str:
         raise RowError("videos is no list of paths", json.dumps(given)[:80])
     if len(paths) > 1:
         raise RowError("it is about more than one scan", f"{len(paths)} videos")
-    return str(paths[0]).replace("\\", "/")
+    video = str(paths[0]).replace("\\", "/")
+    if len(video) > _MAX_PATH or any(len(part.encode("utf-8", "replace")) > 255 for part in video.split("/")):
+        raise RowError("the path of its scan is too long", repr(video[-80:]))
+    return str(PurePosixPath(video))
 
 
 def _scan_name(video: str) -> tuple[str, str]:
-    """Scan id and patient id of a path.
+    """Scan id and patient id of a path by itself.
 
-    Files that are called alike in every folder (``ct.nii.gz``, ``image.nii.gz``) are called by their folder too.
+    Files that are called alike in every folder (``ct.nii.gz``, ``image.nii.gz``) are called by their folder.
     """
     path = PurePosixPath(video)
     name = scan_id_of(Path(path.name))
-    if name in ("ct", "image", "volume", "scan", "img") and path.parent.name:
+    if name in _USUAL and path.parent.name:
         return path.parent.name, path.parent.name
     try:
         scan_id, patient_id, _ = ct_rate_name(name)
     except RowError:
         return name, name
     return scan_id, patient_id
+
+
+def _with_folder(video: str) -> tuple[str, str]:
+    """Scan id and patient id of a path with one more folder before its name."""
+    path = PurePosixPath(video)
+    name = _scan_name(video)[0]
+    is_folder = scan_id_of(Path(path.name)) in _USUAL
+    before = (path.parent.parent if is_folder else path.parent).name
+    return f"{before}_{name}" if before else name, path.parent.name or name
+
+
+def _is_ct_rate(video: str) -> bool:
+    try:
+        ct_rate_name(scan_id_of(Path(PurePosixPath(video).name)))
+    except RowError:
+        return False
+    return True
 
 
 def _first_turn(messages: Any) -> tuple[str, str]:
@@ -173,8 +235,3 @@ def _answer_shape(question: str, answer: str) -> AnswerShape:
     if number := quantity(answer):
         return "number", (), *number
     return "text", (), None, ""
-
-
-def _split(path: Path) -> str:
-    found = re.search(r"train|val|test", path.stem.casefold())
-    return found[0] if found else ""

@@ -7,7 +7,6 @@ The original files have blank headers: neither spacing nor orientation nor resca
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.datasets.base import ImportOptions, KnownHeader, Place, Refusal, RowError, ScanFile
-from pipelines.datasets.tables import Row, csv_rows, files_below, header_of
+from pipelines.datasets.tables import Row, csv_rows, files_below, header_of, is_of_masks
 
 FIXED = "_fixed"
 _NAME = re.compile(r"(train|valid|test)_(\d+)_([a-z]+)_(\d+)(?:\.nii)?(?:\.gz)?")
+_MAX_NUMBER = 1e6
 _NEEDED = {"volumename", "xyspacing", "zspacing", "imageorientationpatient", "imagepositionpatient"}
 
 
@@ -82,6 +82,8 @@ def _scan_paths(images: Path, wanted: frozenset[str]) -> dict[str, Path]:
             scan_id = scan_name(path.name)[0]
         except RowError:
             continue
+        if is_of_masks(path, images):
+            continue  # CT-RATE's segmentations have the names of their scans
         if scan_id in wanted and (scan_id not in paths or _is_fixed(path, images)):
             paths[scan_id] = path
     return paths
@@ -165,13 +167,13 @@ def _shape(row: Row) -> tuple[int, int, int] | None:
 
 
 def _numbers(row: Row, column: str, count: int) -> tuple[float, ...]:
-    """Finite numbers of a cell such as ``0.7`` or ``[0.7, 0.7]``."""
+    """Numbers of a cell such as ``0.7`` or ``[0.7, 0.7]``."""
     text = row.text(column)
     try:
         values = json.loads(text if text.startswith("[") else f"[{text}]")
         numbers = tuple(float(value) for value in values)
-    except (ValueError, TypeError) as error:
-        raise RowError("a value in the metadata table is no number", f"{column}: {text!r}") from error
-    if len(numbers) != count or not all(math.isfinite(number) for number in numbers):
-        raise RowError("a value in the metadata table is no number", f"{column}: {text!r}")
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        numbers = ()
+    if len(numbers) != count or not all(abs(number) <= _MAX_NUMBER for number in numbers):
+        raise RowError("a value in the metadata table is no number", f"{column}: {text[:80]!r}")
     return numbers

@@ -7,6 +7,7 @@ subtype and by the answer itself.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,7 @@ NUMERIC = frozenset(
 
 _NEEDED = ({"image id", "bdmap id"}, {"question"}, {"question type"}, {"question subtype"})
 _CHOICES = ("multiple choice question", "mc question")
+_LETTER = re.compile(r"\(?([A-Fa-f])\)?(?:[.:].*)?")
 _NOTHING = ("", "-", "nan", "none", "null", "n/a")
 
 
@@ -88,7 +90,7 @@ class DeepTumorVqa:
         scan_id = scan_name(row.text("image id", "bdmap id"))
         subtype, family = words(row.text("question subtype")), words(row.text("question type"))
         if form == "choice":
-            question, answer = row.text(*_CHOICES), row.text("correct option").upper()[:1]
+            question, answer = row.text(*_CHOICES), _letter(row.text("correct option"))
             shape: AnswerShape = ("closed", tuple(split_choices(question)[1]), None, "")
         else:
             question, answer = row.text("question"), row.text("answer")
@@ -97,7 +99,8 @@ class DeepTumorVqa:
         organ = words(row.optional("organ"))
         return Draft(
             place=row.place,
-            identity=(form, row.optional("question id", "qid") or question, scan_id),
+            # Both the number and the words: the tables of a version may number their rows each from 1.
+            identity=(form, row.optional("question id", "qid"), question, scan_id),
             scan_id=scan_id,
             patient_id=patients.get(scan_id, scan_id),
             split=self._split(row, path),
@@ -135,6 +138,14 @@ def _tables(folder: Path) -> Iterator[Path]:
             first = next(iter(json_rows(path, folder, list_key="questions")), None)
             if isinstance(first, Refusal) or (first and all(set(first.content) & needed for needed in _NEEDED)):
                 yield path
+
+
+def _letter(text: str) -> str:
+    """The letter of an option, as ``B``, ``(b)`` or ``B: liver``."""
+    found = _LETTER.fullmatch(text)
+    if found is None:
+        raise RowError("the correct option is no letter", repr(text[:80]))
+    return found[1].upper()
 
 
 def _answer_shape(row: Row, subtype: str, answer: str) -> AnswerShape:

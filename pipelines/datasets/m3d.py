@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from pipelines.datasets.base import Draft, ImportOptions, Place, Refusal, RowError, ScanFile
+from pipelines.datasets.splits import split_in_name
 from pipelines.datasets.tables import Row, csv_rows, files_below, header_of, nothing_found, words
 from pipelines.datasets.texts import yes_no_options
 
@@ -119,9 +120,7 @@ def _draft(row: Row, path: Path) -> Draft:
 
 
 def _split(path: Path) -> str:
-    """Train, val or test, from the file's name."""
-    names = words(path.stem).split()
-    for prefix, split in (("train", "train"), ("val", "val"), ("test", "test")):
-        if any(name.startswith(prefix) for name in names):
-            return split
-    raise RowError("neither the row nor the file's name says the split", path.name)
+    split = split_in_name(path.stem)
+    if not split:
+        raise RowError("neither the row nor the file's name says the split", path.name)
+    return split

@@ -21,7 +21,7 @@ import numpy as np
 import polars as pl
 
 from photon.errors import PhotonError
-from pipelines.datasets.base import ScanFile
+from pipelines.datasets.base import ScanFile, printable
 from pipelines.datasets.mending import write_mended, write_nominal
 from pipelines.files import atomic_path
 from pipelines.scans.scan import Scan, read_scan
@@ -107,7 +107,7 @@ def _row(scan: ScanFile, images: Path, mode: str, earlier: Mapping[str, Any] | N
     target = images / f"{scan.scan_id}{ending}"
     row: dict[str, Any] = dict.fromkeys(SCANS_SCHEMA) | {
         "scan_id": scan.scan_id,
-        "source": str(scan.path),
+        "source": printable(str(scan.path)),
         "image": target.name,
         "recipe": _recipe(scan, mode),
         "message": "",
@@ -124,7 +124,7 @@ def _row(scan: ScanFile, images: Path, mode: str, earlier: Mapping[str, Any] | N
     except PhotonError as error:
         for path in (target, _other_ending(target)):
             path.unlink(missing_ok=True)
-        return row | {"status": error.code, "message": f"{error.fact} {error.remedy}"}
+        return row | {"status": error.code, "message": printable(f"{error.fact} {error.remedy}")}
     except OSError as error:
         fact = f"the scan cannot be put there ({error.strerror or error})."
         raise PhotonError("OUTPUT_UNWRITABLE", target, fact, "Free space; what is done is kept.") from error

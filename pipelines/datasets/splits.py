@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 
 from photon.errors import PhotonError
 
 SPLITS = ("train", "val", "test")
+_SPLIT_WORD = re.compile(r"e?(train|val|test)(?:ing|id|idation|uation|set)?\d*k?")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,12 @@ class SplitRule:
         return "test" if not given and place < self.val_percent + self.test_percent else "train"
 
 
+def split_in_name(stem: str) -> str:
+    """The first of train, val and test that is a word of a file's name, as in ``my_train-1`` or ``validation``."""
+    found = (_SPLIT_WORD.fullmatch(word) for word in re.split(r"[^a-z0-9]+", stem.casefold()))
+    return next((match[1] for match in found if match), "")
+
+
 def _percentile(patient_id: str) -> float:
-    digest = hashlib.sha256(f"split of {patient_id}".encode()).digest()
+    digest = hashlib.sha256(f"split of {patient_id}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 * 100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,11 @@ MAX_LINES = 2000
 """A quoted field with more lines than this is taken for a stray quotation mark."""
 
 csv.field_size_limit(1 << 24)
+
+_MASK_WORDS = frozenset(
+    ("annotation", "annotations", "label", "labels", "labelstr", "labelsts", "mask", "masks", "seg")
+    + ("segmentation", "segmentations")
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,8 @@ def plain(value: Any, name: str) -> str:
         return " ".join(value.split())
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RowError("a value is no text", f"{name} is {type(value).__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RowError("a value is no number", f"{name} is {value}")
     return json.dumps(value)
 
 
@@ -141,6 +149,11 @@ def files_below(folder: Path, *endings: str) -> list[Path]:
         raise PhotonError("INPUT_MISSING", folder, "there is no such folder.", "Check the path.")
     found = (path for path in folder.rglob("*") if path.name.lower().endswith(endings) and path.is_file())
     return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def is_of_masks(path: Path, folder: Path) -> bool:
+    """Whether a folder on the way from ``folder`` to a file says that it holds masks: they are often named as scans."""
+    return any(not _MASK_WORDS.isdisjoint(words(part).split()) for part in path.relative_to(folder).parts[:-1])
 
 
 def nothing_found(folder: Path, wanted: str) -> PhotonError:

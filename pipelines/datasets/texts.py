@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from pipelines.datasets.base import RowError
@@ -22,7 +23,9 @@ def yes_no_options(answer: str) -> tuple[str, str] | None:
 def quantity(answer: str) -> tuple[float, str] | None:
     """Number and unit of a text that is one number, with a unit or without; None for ranges, sizes and sentences."""
     found = _QUANTITY.fullmatch(answer)
-    return (float(found["number"]), found["unit"] or "") if found else None
+    if not found or not math.isfinite(value := float(found["number"])):
+        return None
+    return value, found["unit"] or ""
 
 
 def split_choices(text: str, mark: str = ":") -> tuple[str, dict[str, str]]:
