@@ -11,11 +11,11 @@ from pathlib import Path
 from photon.errors import PhotonError
 from pipelines.files import file_digest
 from pipelines.scans.checks import MAX_VOXELS, check_grid
-from pipelines.scans.dicom_files import GET_AGAIN, PREAMBLE
+from pipelines.scans.dicom_files import GET_AGAIN
 from pipelines.scans.dicom_headers import Slice, read_slices
 from pipelines.scans.dicom_series import Series, grouped
 from pipelines.scans.dicom_voxels import joined_sha256, read_voxels
-from pipelines.scans.scan import DICOM_ENDINGS, Scan, make_scan
+from pipelines.scans.scan import DICOM_ENDINGS, PREAMBLE, Scan, make_scan
 
 __all__ = ["Series", "list_series", "read_dicom", "read_series", "series_sha256"]
 

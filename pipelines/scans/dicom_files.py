@@ -22,6 +22,7 @@ from pydicom.tag import BaseTag, Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from photon.errors import PhotonError
+from pipelines.scans.scan import PREAMBLE
 
 MAX_INFLATED = 1 << 28
 """Bytes that a file of the deflated transfer syntax may expand to."""
@@ -29,8 +30,6 @@ MAX_INFLATED = 1 << 28
 GET_AGAIN = "Export the series again from its source."
 
 FIRST_BYTES = 1024
-_MAX_FIRST_LENGTH = 64
-PREAMBLE = 128
 _PIXEL_DATA = 0x7FE00010
 _UNDEFINED = 0xFFFFFFFF
 _ENDIAN: dict[str, Literal["little", "big"]] = {"<": "little", ">": "big"}
@@ -103,16 +102,6 @@ class Pixels:
     high_bit: int
     is_signed: bool
     is_big_endian: bool
-
-
-def is_dicom(first: bytes) -> bool:
-    """Whether a file that begins with these bytes (132 suffice) is DICOM; old ones lack preamble and magic."""
-    if first[PREAMBLE : PREAMBLE + 4] == b"DICM":
-        return True
-    group, element = first[:2], int.from_bytes(first[2:4], "little")
-    is_explicit = first[4:6] in (b"UL", b"UI", b"CS") and first[6:8] < b"\xff"
-    is_implicit = int.from_bytes(first[4:8], "little") <= _MAX_FIRST_LENGTH and first[4:8] != bytes(4)
-    return group in (b"\x02\0", b"\x08\0") and element <= 0x18 and (is_explicit or is_implicit)
 
 
 def inflated_body(content: bytes, path: Path) -> bytes:

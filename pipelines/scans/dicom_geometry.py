@@ -50,8 +50,7 @@ class Stack:
 
 def places_of(slices: Sequence[Slice]) -> list[list[Slice]]:
     """Slices with valid positions and axes, in order along the stack; those at the same place together."""
-    normal = _normal(slices[0])
-    heights = {id(image): float(np.dot(normal, image.position or ())) for image in slices}
+    heights = {id(image): height for image, height in zip(slices, heights_of(slices), strict=True)}
     places: list[list[Slice]] = []
     for image in sorted(slices, key=lambda image: (heights[id(image)], image.instance_uid, image.frame)):
         if places and heights[id(image)] - heights[id(places[-1][0])] < SAME_PLACE_MM:
@@ -59,6 +58,14 @@ def places_of(slices: Sequence[Slice]) -> list[list[Slice]]:
         else:
             places.append([image])
     return places
+
+
+def heights_of(slices: Sequence[Slice]) -> list[float]:
+    """Where slices with valid positions and axes lie along the normal of the first, mm."""
+    if not slices:
+        return []
+    heights: list[float] = (np.array([image.position for image in slices]) @ _normal(slices[0])).tolist()
+    return heights
 
 
 def check_plane(image: Slice, subject: Path) -> None:

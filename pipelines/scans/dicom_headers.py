@@ -16,7 +16,6 @@ from pipelines.scans.dicom_files import (
     GET_AGAIN,
     Pixels,
     first_item,
-    is_dicom,
     listed,
     located_pixels,
     number,
@@ -26,6 +25,7 @@ from pipelines.scans.dicom_files import (
     value_of,
     whole_number,
 )
+from pipelines.scans.scan import is_dicom
 
 _PHASES = {
     "acquisition": "AcquisitionNumber",

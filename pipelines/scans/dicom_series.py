@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from photon.errors import PhotonError
-from pipelines.scans.dicom_geometry import Stack, check_plane, places_of, stacked
+from pipelines.scans.dicom_geometry import Stack, check_plane, heights_of, places_of, stacked
 from pipelines.scans.dicom_headers import Slice
 from pipelines.scans.dicom_pixels import check_pixels, scaling_of
 
@@ -76,6 +76,16 @@ class Series:
     def paths(self) -> tuple[Path, ...]:
         """Its files, sorted."""
         return tuple(sorted({image.path for image in self.images}))
+
+    @property
+    def heights_mm(self) -> tuple[float, ...]:
+        """Where its slices lie along the stack, to a tenth; none where they do not say so."""
+        try:
+            for image in self.images:
+                check_plane(image, self.subject)
+        except PhotonError:
+            return ()
+        return tuple(sorted({round(height, 1) for height in heights_of(self.images)}))
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -15,15 +15,16 @@ from photon.errors import PhotonError
 from pipelines.scans.archives import Member, extract, is_archive_name, list_members
 from pipelines.scans.checks import MAX_VOXELS, Trust, unsupported
 from pipelines.scans.detached import data_file
-from pipelines.scans.scan import DICOM_ENDINGS, FORMAT_OF_ENDING, Scan, data_file_name, read_scan, scan_ending
+from pipelines.scans.kinds import dicom_folders, is_dicom_file, is_hidden, is_scan_name, unpack
+from pipelines.scans.scan import (
+    FORMAT_OF_ENDING,
+    Scan,
+    data_file_name,
+    read_scan,
+    scan_ending,
+)
 
 MAX_NAME = 200
-
-OTHER_FORMATS = (
-    *(".mgz", ".mgh", ".hdr", ".mnc", ".nii.bz2", ".nii.xz", ".nii.zst"),
-    *(".7z", ".rar", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst"),
-)
-"""Files that are listed as refused; files of other endings are no scans and are passed over."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,7 @@ class Source:
         series: key of the DICOM series; empty for files.
         sha256: of an archive's member where finding it took reading it.
         refusal: why it cannot be read, where that is known already; :func:`located` raises it.
+        heights_mm: where the slices of a DICOM series lie, by which parts of one series are told from copies.
     """
 
     scan_id: str
@@ -48,6 +50,7 @@ class Source:
     series: str = ""
     sha256: str | None = None
     refusal: PhotonError | None = None
+    heights_mm: tuple[float, ...] = dataclasses.field(default=(), repr=False)
 
 
 def find_scans(folder: Path) -> list[Source]:
@@ -56,7 +59,8 @@ def find_scans(folder: Path) -> list[Source]:
     The id of a file is its name without its ending; where two have the same (upper and lower case are not told
     apart), the path within ``folder`` with ``_`` for ``/``, and a checksum of it if that is not enough or the
     path is long. The id of a DICOM series is the key that its headers give it, whatever its files and folder are
-    called. An archive that is refused counts as one scan, which is refused.
+    called. An archive that is refused counts as one scan, which is refused. So is a DICOM series of which slices lie in
+    other folders.
 
     Args:
         folder: or an archive alone.
@@ -73,7 +77,7 @@ def find_scans(folder: Path) -> list[Source]:
     if not found:
         fact = "it holds no scan (NIfTI, MetaImage, NRRD or DICOM, also in .tar, .tar.gz or .zip)."
         raise PhotonError("ARCHIVE_EMPTY", folder, fact, "Put scans into it or give another folder.")
-    return _named(sorted(found, key=lambda source: source.relative))
+    return _named(_none_scattered(sorted(found, key=lambda source: source.relative)))
 
 
 @contextmanager
@@ -144,14 +148,15 @@ def _in_folder(folder: Path) -> Iterator[Source]:
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths = [Path(parent) / name for name in sorted(files) if not name.startswith(".")]
+        paths = [path for path in paths if path.is_file() or not path.exists()]  # reading a pipe would never end
         relative = Path(parent).relative_to(folder)
-        if any(_is_dicom(path.name, path) for path in paths):
+        if any(is_dicom_file(path.name, path) for path in paths):
             yield from _series(Path(parent), relative.as_posix())
         for path in paths:
             name = (relative / path.name).as_posix()
             if is_archive_name(path.name):
                 yield from _in_archive(path, name)
-            elif _is_scan(path.name):
+            elif is_scan_name(path.name):
                 yield Source(scan_id="", path=path, relative=name, refusal=_refusal(path))
 
 
@@ -168,10 +173,9 @@ def _in_archive(path: Path, relative: str) -> list[Source]:
 
 
 def _of_members(path: Path, relative: str, members: list[Member]) -> Iterator[Source]:
-    dicom: dict[str, list[Member]] = defaultdict(list)
     for member in members:
         inner = PurePosixPath(member.name)
-        if any(part.startswith(".") or part == "__MACOSX" for part in inner.parts):
+        if is_hidden(inner):
             continue
         source = Source(
             scan_id="",
@@ -184,17 +188,35 @@ def _of_members(path: Path, relative: str, members: list[Member]) -> Iterator[So
             fact = f"it holds an archive, '{inner}'; archives in archives are not opened."
             refusal = PhotonError("ARCHIVE_NESTED", path, fact, "Unpack the outer one, and give the folder.")
             yield dataclasses.replace(source, refusal=refusal)
-        elif _is_scan(inner.name):
+        elif is_scan_name(inner.name):
             yield dataclasses.replace(source, refusal=_refusal(path / inner))
-        elif _is_dicom(inner.name, member.start):
-            dicom[inner.parent.as_posix()].append(member)
-    for folder in sorted(dicom):
+    for folder, files in dicom_folders(members):
         with tempfile.TemporaryDirectory(prefix="photon-") as temporary:
-            _unpack_files(path, dicom[folder], Path(temporary))
+            unpack(path, files, Path(temporary))
             found = list(_series(Path(temporary), f"{relative}/{folder}".strip("/")))
         for one in found:
             told = one.refusal and _about_member(one.refusal, temporary, path / folder)
             yield dataclasses.replace(one, path=path, member=folder, refusal=told)
+
+
+def _none_scattered(sources: list[Source]) -> list[Source]:
+    """Refuse series of which another folder holds other slices; copies of a series, also of a part of it, are not."""
+    alike: dict[str, list[Source]] = defaultdict(list)
+    for source in sources:
+        if source.heights_mm:
+            alike[source.series].append(source)
+    checked = []
+    for source in sources:
+        heights = set(source.heights_mm)
+        others = [one for one in alike[source.series] if heights.isdisjoint(one.heights_mm)] if heights else []
+        refusal = source.refusal
+        if others and refusal is None:
+            fact = f"slices of it lie elsewhere, too: '{others[0].relative}'."
+            refusal = PhotonError(
+                "SERIES_SCATTERED", Path(source.relative), fact, "Put all files of the series into one folder."
+            )
+        checked.append(dataclasses.replace(source, refusal=refusal, heights_mm=()))
+    return checked
 
 
 def _series(folder: Path, relative: str) -> Iterator[Source]:
@@ -207,11 +229,8 @@ def _series(folder: Path, relative: str) -> Iterator[Source]:
             relative=series.key if relative == "." else f"{relative}/{series.key}",
             series=series.key,
             refusal=series.refusal,
+            heights_mm=series.heights_mm,
         )
-
-
-def _is_scan(name: str) -> bool:
-    return scan_ending(Path(name)) in FORMAT_OF_ENDING or name.lower().endswith(OTHER_FORMATS)
 
 
 def _refusal(path: Path) -> PhotonError | None:
@@ -227,30 +246,10 @@ def _about_member(error: PhotonError, temporary: str, name: Path) -> PhotonError
     return PhotonError(error.code, name, error.fact, error.remedy)
 
 
-def _is_dicom(name: str, content: Path | bytes) -> bool:
-    """DICOM files have an ending of their own, or none, or one of their UID's numbers."""
-    ending = Path(name).suffix.lower()
-    if ending in DICOM_ENDINGS:
-        return True
-    if ending and not ending[1:].isdigit():
-        return False
-    try:
-        start = content if isinstance(content, bytes) else _start(content)
-    except OSError:
-        return False
-    return start[128:132] == b"DICM"
-
-
-def _start(path: Path) -> bytes:
-    with path.open("rb") as stream:
-        return stream.read(132)
-
-
 def _unpacked(source: Source, member: str, folder: Path) -> Path:
     """Take a member out of its archive into files whose names are ours."""
     if source.series:
-        inside = [one for one in list_members(source.path) if PurePosixPath(one.name).parent.as_posix() == member]
-        _unpack_files(source.path, [one for one in inside if _is_dicom(one.name, one.start)], folder)
+        unpack(source.path, dict(dicom_folders(list_members(source.path))).get(member, []), folder)
         return folder
     path = folder / f"scan{scan_ending(Path(member))}"
     extract(source.path, {member: path}, {member: source.sha256})
@@ -260,11 +259,6 @@ def _unpacked(source: Source, member: str, folder: Path) -> Path:
             raise unsupported(path, f"its voxels are in {name!r}, which is not a file beside it.")
         extract(source.path, {(PurePosixPath(member).parent / name).as_posix(): folder / name}, {})
     return path
-
-
-def _unpack_files(path: Path, members: list[Member], folder: Path) -> None:
-    targets = {member.name: folder / f"{number:06d}.dcm" for number, member in enumerate(members)}
-    extract(path, targets, {member.name: member.sha256 for member in members})
 
 
 def _named(sources: list[Source]) -> list[Source]:

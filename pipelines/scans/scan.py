@@ -25,6 +25,8 @@ FORMAT_OF_ENDING: dict[str, Format] = {
 """Endings of files that hold one scan each."""
 
 DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
+PREAMBLE = 128
+_MAX_FIRST_LENGTH = 64
 
 _NIFTI_STARTS = tuple(size.to_bytes(4, order) for size in (348, 540) for order in ("little", "big"))  # type: ignore[arg-type]
 _METAIMAGE_START = re.compile(rb"\s*(ObjectType|NDims|Comment)\s*=")
@@ -152,6 +154,16 @@ def data_file_name(path: Path) -> str | None:
 
         return nrrd.data_file_name(path)
     return None
+
+
+def is_dicom(first: bytes) -> bool:
+    """Whether a file that begins with these bytes (132 suffice) is DICOM; old ones lack preamble and magic."""
+    if first[PREAMBLE : PREAMBLE + 4] == b"DICM":
+        return True
+    group, element = first[:2], int.from_bytes(first[2:4], "little")
+    is_explicit = first[4:6] in (b"UL", b"UI", b"CS") and first[6:8] < b"\xff"
+    is_implicit = int.from_bytes(first[4:8], "little") <= _MAX_FIRST_LENGTH and first[4:8] != bytes(4)
+    return group in (b"\x02\0", b"\x08\0") and element <= 0x18 and (is_explicit or is_implicit)
 
 
 def scan_ending(path: Path) -> str:
