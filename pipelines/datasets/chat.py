@@ -72,8 +72,8 @@ class Chat:
         by_name: defaultdict[str, list[Path]] = defaultdict(list)
         for path in files_below(images, *_ENDINGS):
             relative = path.relative_to(images).as_posix()
-            for name in {_scan_name(relative)[0], _with_folder(relative)[0]}:
-                by_name[name].append(path)
+            for own in {_scan_name(relative)[0], _with_folder(relative)[0]}:
+                by_name[own].append(path)
         named: dict[str, str] = {}
         for video, name in sorted(_names(folder).items()):
             if name is not None and name[0] in wanted:
@@ -133,9 +133,10 @@ def _told_apart(videos: Iterable[str]) -> Names:
 
 def _draft(row: Row, path: Path, names: Names) -> Draft:
     video = _video(row)
-    if names[video] is None:
+    name = names[video]
+    if name is None:
         raise RowError("two scans have the path", repr(video[-80:]))
-    scan_id, patient_id = names[video]
+    scan_id, patient_id = name
     asked, answer = _first_turn(row.content["messages"])
     if asked.count(VIDEO) > 1:
         raise RowError("it is about more than one scan", f"{asked.count(VIDEO)} {VIDEO} tags")

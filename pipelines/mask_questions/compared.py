@@ -68,7 +68,8 @@ def compare_densities(outlines: Sequence[Outline], rules: Rules) -> Found:
 def slice_contents(outlines: Sequence[Outline], scan_id: str, rules: Rules) -> Iterator[Candidate]:
     """Which of four structures the slice at a quarter, half and three quarters of the height shows.
 
-    One of them has at least a square centimetre there, the others, though in the scan, are nowhere near.
+    One of them has at least a square centimetre there, the others, though in the scan, are nowhere near; a mask that
+    leaves out a part of the scan cannot tell that.
     """
     if not outlines or outlines[0].segmentation.frame.obliquity_deg > rules.max_tilt_deg:
         return
@@ -79,7 +80,7 @@ def slice_contents(outlines: Sequence[Outline], scan_id: str, rules: Rules) -> I
         place = int(height * frame.shape[0])
         near = slice(max(place - margin, 0), place + margin + 1)
         shown = [one.name for one in outlines if one.slice_counts[place] * area_mm2 >= MIN_AREA_MM2]
-        hidden = [one.name for one in outlines if not one.slice_counts[near].any()]
+        hidden = [one.name for one in outlines if one.is_covered and not one.slice_counts[near].any()]
         if not shown or len(hidden) < NUM_CHOICES - 1:
             continue
         seeds = f"{scan_id}|{words}|"

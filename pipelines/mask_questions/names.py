@@ -118,7 +118,7 @@ def _structures(names: dict[str, Any], path: Path) -> tuple[tuple[Structure, ...
         raise _invalid(path, "its keys must all be label values, or all names of files; at least one.")
     if all(is_number) and any(not 0 < int(structure.key) <= MAX_STRUCTURES for structure in found):
         raise _invalid(path, f"label values must be 1 to {MAX_STRUCTURES}.")
-    for what, all_of in (("name", [s.name for s in found]), ("key", [s.key for s in found])):
+    for what, all_of in (("name", [s.name.casefold() for s in found]), ("key", [s.key for s in found])):
         repeated = sorted({one for one in all_of if all_of.count(one) > 1})
         if repeated:
             raise _invalid(path, f"the {what} {repeated[0]!r} comes twice.")
@@ -156,7 +156,7 @@ def _check_patterns(image: str, mask: str, is_label_map: bool, path: Path) -> No
 
 def _modality(value: Any, path: Path) -> dict[str, str]:
     words = {"": value} if isinstance(value, str) else value
-    if not isinstance(words, dict) or not set(words.values()) <= set(MODALITIES):
+    if not isinstance(words, dict) or not all(word in MODALITIES for word in words.values()):
         raise _invalid(path, f"modality must be one of {', '.join(MODALITIES)}, or an object with such values.")
     return dict(words)
 

@@ -63,8 +63,13 @@ class Outline:
 
     @property
     def is_cut(self) -> bool:
-        """Whether a part of it may lie outside the scan."""
-        return self.region.is_cut
+        """Whether a part of it may lie outside the scan or, of a lesion, where its mask does not reach."""
+        return self.region.is_cut or (self.structure.kind == "lesion" and not self.is_covered)
+
+    @property
+    def is_covered(self) -> bool:
+        """Whether its mask reaches over the whole scan."""
+        return self.region.is_covered
 
     @property
     def box(self) -> Box:

@@ -34,7 +34,8 @@ class Pair:
 def find_pairs(images: Path, masks: Path, description: Description) -> list[Pair]:
     """Every image with the masks that have the same placeholders, sorted by scan_id.
 
-    Files that fit neither pattern are passed over; the two folders may be the same.
+    Files that fit neither pattern are passed over; the two folders may be the same: a mask of another image is no
+    image then, as ``a_seg`` where images are ``{scan}`` and masks ``{scan}_seg``.
 
     Raises:
         PhotonError: ``INPUT_MISSING``, ``ARCHIVE_EMPTY``; ``PAIRS_MISSING`` when no image fits its pattern, two
@@ -49,8 +50,16 @@ def find_pairs(images: Path, masks: Path, description: Description) -> list[Pair
         key = fields.get("structure", "")
         if description.is_label_map or key in known:
             by_place.setdefault(_place(fields, own_names), {})[key] = source
+    of_others = {
+        _file(mask)
+        for source, fields in image_fields
+        for mask in by_place.get(_place(fields, own_names), {}).values()
+        if _file(mask) != _file(source)
+    }
     pairs: dict[str, Pair] = {}
     for source, fields in image_fields:
+        if _file(source) in of_others:
+            continue
         scan_id = "_".join(fields.values()).replace("/", "_")
         if scan_id in pairs:
             fact = f"{pairs[scan_id].image.relative} and {source.relative} would both be the scan {scan_id}."
@@ -98,6 +107,10 @@ def _expression(pattern: str) -> re.Pattern[str]:
         for index, part in enumerate(parts)
     )
     return re.compile(text)
+
+
+def _file(source: Source) -> tuple[Path, str, str]:
+    return source.path.resolve(), source.member or "", source.series or ""
 
 
 def _place(fields: dict[str, str], names: set[str]) -> tuple[str, ...]:

@@ -18,6 +18,9 @@ MIN_SHARE = 0.5
 MIDLINE_WORDS = frozenset(("spine", "spinal", "vertebra", "vertebrae", "sternum", "sacrum"))
 """Structures with one of these words in their name, and no side, lie in the middle of the body."""
 
+_SPANNING_WORDS = frozenset(("atrial", "atrium", "heart", "hepatic", "liver", "myocardium", "ventricle"))
+"""Left and right parts of what has one of these words in its name do not end at the middle of the body."""
+
 
 def place(lesion: Outline, organs: Sequence[Outline], scan_id: str, rules: Rules) -> Found:
     """The organ that contains a lesion's largest part or, where none does, the nearest; and its side."""
@@ -46,6 +49,8 @@ def _location(
         return NotAsked(subtype=subtype, about=lesion.name, reason="too close to call")
     if containing:
         answer = containing[0].name
+    elif any(organ.is_cut and not organ.is_covered for organ in organs):
+        return NotAsked(subtype=subtype, about=lesion.name, reason="cut by the field of view")
     else:
         distances = nearest_mm(lesion.main.surface_mm, [_surface_mm(organ) for organ in organs])
         order = np.argsort(distances)
@@ -74,7 +79,8 @@ def _side(
     lesion: Outline, containing: Sequence[Outline], organs: Sequence[Outline], rules: Rules
 ) -> Candidate | NotAsked:
     subtype, name = "side", lesion.name
-    sides = {organ.structure.side for organ in containing} - {""}
+    sides = {organ.structure.side for organ in containing if _SPANNING_WORDS.isdisjoint(organ.name.lower().split())}
+    sides -= {""}
     if len(sides) == 1:
         side = sides.pop()
     else:

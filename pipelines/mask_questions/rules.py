@@ -24,7 +24,8 @@ Reason = Literal[
 REASONS: dict[Reason, str] = {
     "not outlined": "the scan has no mask of the structure, so nobody looked for it",
     "too small": "it is there, but smaller than what can be told from noise of the outline",
-    "cut by the field of view": "a part may lie outside the scan, its mask, or what the scanner saw",
+    "cut by the field of view": "a part may lie outside the scan or its mask, in the scan but outside its mask, or "
+    "outside what the scanner saw",
     "in fragments": "parts lie apart that are too small to be counted, or an organ is in pieces",
     "several of similar size": "which of the lesions is the largest is not clear",
     "values have no unit": "the scan's values have no unit: MR, PET that is not told to be SUV, an unknown modality",

@@ -35,12 +35,14 @@ class Region:
         box: where it lies in the scan's [Z, Y, X]; of no size where the structure is absent.
         mask: bool, of the box's shape.
         is_cut: whether it reaches an edge of the scan, of its mask or of what the scanner saw.
+        is_covered: whether its mask reaches over the whole scan, so that what it does not show is not there.
     """
 
     structure: Structure
     box: Box
     mask: BoolArray
     is_cut: bool
+    is_covered: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,21 +94,23 @@ def combine(scan: Scan, masks: Iterable[tuple[str, Scan]], description: Descript
     labels = frame.canonical(own)
     regions, notes = [], []
     for key, mask in masks:
-        array, cut = _on_scan(mask, scan)
+        array, cut, is_covered = _on_scan(mask, scan)
+        if not is_covered:
+            notes.append(f"the mask{f' of {by_key[key].name}' if key else ''} leaves out a part of the scan")
         found = np.ascontiguousarray(frame.canonical(array))
         if description.is_label_map:
             boxes = label_boxes(found)
             for structure in description.structures:
                 value = codes[structure.name]
                 box = boxes.get(value, _NOWHERE)
-                regions.append(_region(structure, box, found[box] == value, values, value in cut, is_ct))
+                regions.append(_region(structure, box, found[box] == value, values, value in cut, is_covered, is_ct))
             if nameless := sorted(set(boxes) - set(codes.values())):
                 notes.append(f"values without a name, left out: {', '.join(map(str, nameless))}")
                 found[np.isin(found, nameless)] = 0
             labels[...] = found
         else:
             box = label_boxes((found > 0).view(np.uint8)).get(1, _NOWHERE)
-            regions.append(_region(by_key[key], box, found[box] > 0, values, bool(cut), is_ct))
+            regions.append(_region(by_key[key], box, found[box] > 0, values, bool(cut), is_covered, is_ct))
             labels[box][found[box] > 0] = codes[by_key[key].name]
     return Segmentation(
         values=values,
@@ -130,15 +134,17 @@ def label_array(scan: Scan) -> np.ndarray:
     return whole.astype(np.uint8)
 
 
-def _on_scan(mask: Scan, scan: Scan) -> tuple[np.ndarray, set[int]]:
-    """Labels uint8 [i, j, k] on the scan's voxels, and the values that the mask's own edge or the scan's cuts."""
+def _on_scan(mask: Scan, scan: Scan) -> tuple[np.ndarray, set[int], bool]:
+    """Labels uint8 [i, j, k] on the scan's voxels, the values that the mask's own edge or the scan's cuts, and whether
+    the mask reaches over the scan."""
     labels = label_array(mask)
     to_mask = np.linalg.inv(mask.affine) @ scan.affine
     if labels.shape == scan.array.shape and _moves_less(to_mask - np.eye(4), labels.shape):
-        return labels, set()
+        return labels, set(), True
+    is_covered = _reaches_over(to_mask, labels.shape, scan.array.shape)
     where = np.argwhere(labels)
     if not len(where):
-        return np.zeros(scan.array.shape, np.uint8), set()
+        return np.zeros(scan.array.shape, np.uint8), set(), is_covered
     to_scan = np.linalg.inv(to_mask)
     place = where @ to_scan[:3, :3].T + to_scan[:3, 3]
     is_inside = ((place >= -0.5) & (place < np.array(scan.array.shape) - 0.5)).all(axis=1)
@@ -148,7 +154,7 @@ def _on_scan(mask: Scan, scan: Scan) -> tuple[np.ndarray, set[int]]:
         raise PhotonError("MASK_OUTSIDE_SCAN", mask.path, fact, remedy)
     at_edge = ((where == 0) | (where == np.array(labels.shape) - 1)).any(axis=1)
     cut = np.unique(labels[tuple(where[at_edge | ~is_inside].T)])
-    return sample_nearest(labels, to_mask, scan.array.shape), {int(value) for value in cut}
+    return sample_nearest(labels, to_mask, scan.array.shape), {int(value) for value in cut}, is_covered
 
 
 def sample_nearest(labels: np.ndarray, to_labels: np.ndarray, shape: Sequence[int]) -> np.ndarray:
@@ -171,18 +177,31 @@ def sample_nearest(labels: np.ndarray, to_labels: np.ndarray, shape: Sequence[in
 
 def _moves_less(difference: np.ndarray, shape: Sequence[int]) -> bool:
     """Whether no corner of the array moves by a hundredth of a voxel."""
+    return bool(np.abs(_corners(difference, shape)).max() < _SAME_VOXEL)
+
+
+def _reaches_over(to_mask: np.ndarray, mask_shape: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether all corner voxels of an array lie in the mask's, or no more than one of its voxels beside it."""
+    corners = _corners(to_mask, shape)
+    return bool(((corners > -1.5) & (corners < np.array(mask_shape)[:, None] + 0.5)).all())
+
+
+def _corners(matrix: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Where a matrix [4, 4] maps the centres of an array's corner voxels: [3, 8]."""
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(3, -1)
-    return bool(np.abs(difference[:3, :3] @ corners + difference[:3, 3:]).max() < _SAME_VOXEL)
+    return np.asarray(matrix[:3, :3] @ corners + matrix[:3, 3:])
 
 
-def _region(structure: Structure, box: Box, mask: BoolArray, values: np.ndarray, is_cut: bool, is_ct: bool) -> Region:
+def _region(
+    structure: Structure, box: Box, mask: BoolArray, values: np.ndarray, is_cut: bool, is_covered: bool, is_ct: bool
+) -> Region:
     sides = list(zip(box, values.shape, strict=True))
     is_there = bool(mask.size)
     is_cut |= is_there and any(part.start == 0 or part.stop == n for part, n in sides)
     if is_there and is_ct and not is_cut:
         around = tuple(slice(part.start - 1, part.stop + 1) for part in box)
         is_cut = bool((values[around][rim(np.pad(mask, 1))] < PADDING_HU).any())
-    return Region(structure=structure, box=box, mask=mask, is_cut=is_cut)
+    return Region(structure=structure, box=box, mask=mask, is_cut=is_cut, is_covered=is_covered)
 
 
 def _canonical_matrix(frame: Frame, scan: Scan) -> np.ndarray:

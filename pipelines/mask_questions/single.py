@@ -19,7 +19,10 @@ Found = Iterator[Candidate | NotAsked]
 def existence(outline: Outline, rules: Rules) -> Found:
     """Whether the scan shows it: yes with enough of it, no with none of it."""
     subtype, name = "existence", outline.name
-    is_barely = outline.is_cut and outline.volume_cm3 < rules.min_cut_cm3
+    is_barely = outline.region.is_cut and outline.volume_cm3 < rules.min_cut_cm3
+    if not outline.num_voxels and not outline.is_covered:
+        yield NotAsked(subtype=subtype, about=name, reason="cut by the field of view")
+        return
     if outline.num_voxels and (is_too_small(outline, rules) or is_barely):
         yield NotAsked(subtype=subtype, about=name, reason="cut by the field of view" if is_barely else "too small")
         return
@@ -84,6 +87,9 @@ def size(outline: Outline, rules: Rules) -> Found:
 def density(outline: Outline, rules: Rules, unit: str, is_ct: bool) -> Found:
     """Mean value where values have a unit, of SUV the largest too. What lies outside the scan is not missed."""
     name, mean = outline.name, float(outline.values.mean())
+    if outline.is_cut and not outline.is_covered:
+        yield NotAsked(subtype=f"mean {unit or 'value'}", about=name, reason="cut by the field of view")
+        return
     if not unit or (unit == "HU" and not rules.min_hu <= mean <= rules.max_hu):
         reason: Reason = "values are no HU" if is_ct else "values have no unit"
         yield NotAsked(subtype=f"mean {unit or 'value'}", about=name, reason=reason)

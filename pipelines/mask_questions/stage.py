@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import os
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,9 +12,10 @@ from typing import Any
 
 from photon.errors import PhotonError
 from pipelines.datasets.splits import SPLITS, SplitRule
-from pipelines.files import check_apart, prepare_output_folder, write_json, write_text
+from pipelines.files import check_apart, lock_output, prepare_output_folder, write_json, write_text
 from pipelines.mask_questions.ask import Asked, Identity, ask
 from pipelines.mask_questions.candidates import NotAsked
+from pipelines.mask_questions.data_folder import prepare_data_folder, put_scan
 from pipelines.mask_questions.names import Description, read_description
 from pipelines.mask_questions.pairs import Pair, find_pairs
 from pipelines.mask_questions.rules import Reason, Rules
@@ -24,9 +23,9 @@ from pipelines.mask_questions.segmentation import combine, label_values
 from pipelines.mask_questions.wording import in_words_of_train
 from pipelines.questions import Question, write_questions
 from pipelines.results import Record
-from pipelines.scans.find import read_source, scan_id_of
+from pipelines.scans.find import read_source
 from pipelines.scans.nifti import write_scan
-from pipelines.scans.scan import Scan, scan_ending
+from pipelines.scans.scan import Scan
 from pipelines.volumes import DARK_HU, infer_modality
 from pipelines.workers import run_in_processes
 
@@ -34,9 +33,6 @@ Progress = Callable[[int, int, str], None]
 
 AIR_HU = -900
 """A scan of unknown modality is taken for CT only if it reaches down to air."""
-
-WHOLE_FILES = (".nii.gz", ".nii", ".mha", ".nrrd")
-"""Endings of files that hold a scan by themselves."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,15 +98,28 @@ def make_questions(
 
     Raises:
         PhotonError: ``NAMES_INVALID``, ``INPUT_MISSING``, ``ARCHIVE_EMPTY``, ``PAIRS_MISSING``,
-            ``OUTPUT_UNWRITABLE``, ``OUTPUT_MISPLACED``, ``DATA_FOREIGN`` when the data folder holds other scans.
+            ``OUTPUT_UNWRITABLE``, ``OUTPUT_MISPLACED``, ``OUTPUT_BUSY``, ``QUESTIONS_UNREADABLE`` for a questions file
+            that is there already, ``DATA_FOREIGN`` when the data folder holds other scans.
             What is wrong with one scan or its masks becomes the ``status`` of its row.
     """
     options = options or Options()
     check_apart(output, images, masks)
     description = read_description(names)
     pairs = find_pairs(images, masks, description)
-    _prepare(output / "raw", {pair.scan_id for pair in pairs})
-    jobs = [_Job(pair, description, output, options) for pair in pairs]
+    with lock_output(prepare_output_folder(output)):
+        prepare_data_folder(output, {pair.scan_id for pair in pairs})
+        jobs = [_Job(pair, description, output, options) for pair in pairs]
+        return _make(jobs, description, output, options, on_progress, num_workers)
+
+
+def _make(
+    jobs: Sequence[_Job],
+    description: Description,
+    output: Path,
+    options: Options,
+    on_progress: Progress | None,
+    num_workers: int,
+) -> MaskQuestionsRecord:
     results = []
     for result in _each(jobs, num_workers):
         results.append(result)
@@ -144,18 +153,6 @@ def make_questions(
         not_asked=_counts(one.reason for _, one in left_out),
         same_everywhere=same,
     )
-
-
-def _prepare(raw: Path, scan_ids: set[str]) -> None:
-    """Make the folders; files of the same scans by an earlier run go, since this run may refuse them."""
-    folders = [prepare_output_folder(raw / part) for part in ("images", "labels")]
-    files = [path for folder in folders for path in folder.iterdir() if not path.name.startswith(".")]
-    foreign = sorted(path.name for path in files if scan_id_of(path) not in scan_ids)
-    if foreign:
-        fact = f"it holds scans that are not among the images, such as {foreign[0]}."
-        raise PhotonError("DATA_FOREIGN", raw, fact, "Choose another data folder, or move this one away.")
-    for path in files:
-        path.unlink()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +210,7 @@ def _asked(job: _Job, row: dict[str, str]) -> _Result:
     folder = job.output / "raw"
     try:
         write_scan(segmentation.labels, scan.affine, folder / "labels" / f"{pair.scan_id}.nii")
-        _put(scan, pair, folder / "images")
+        put_scan(scan, pair, folder / "images")
     except OSError as error:
         fact = f"the scan cannot be written ({error.strerror or error})."
         raise PhotonError("OUTPUT_UNWRITABLE", folder, fact, "Free space, or choose another folder.") from error
@@ -248,24 +245,6 @@ def _masks(pair: Pair, description: Description) -> Iterator[tuple[str, Scan]]:
             fact = f"the mask {pair.masks[key].relative}: {error.fact}"
             raise PhotonError(error.code, error.subject, fact, error.remedy) from error
         yield key, mask
-
-
-def _put(scan: Scan, pair: Pair, folder: Path) -> None:
-    """Put the scan into the data folder under its id.
-
-    A file that holds all of it is linked, or copied to another disk; what was read from several files or from an
-    archive, such as a DICOM series with all that its headers tell, is written as NIfTI.
-    """
-    source = pair.image.path
-    ending = scan_ending(source)
-    if pair.image.series or pair.image.member or ending not in WHOLE_FILES:
-        write_scan(scan.array, scan.affine, folder / f"{pair.scan_id}.nii.gz")
-        return
-    target = folder / f"{pair.scan_id}{ending}"
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _same_everywhere(questions: Iterable[Question]) -> list[str]:
