@@ -24,6 +24,7 @@ from photon.errors import PhotonError
 from pipelines.datasets.base import ScanFile, printable
 from pipelines.datasets.mending import write_mended, write_nominal
 from pipelines.files import atomic_path
+from pipelines.grids import frame_of
 from pipelines.scans.scan import Scan, read_scan
 
 Progress = Callable[[int, int, str], None]
@@ -46,8 +47,8 @@ SCANS_SCHEMA: dict[str, Any] = {
     "notes": pl.List(pl.String),
 }
 """One row a scan that has a file. `status` is ``ok`` or an error code; `image` is below ``raw/images``;
-`voxels_sha256` is of the values as read, in the file's own axes; `recipe`, `size` and `mtime_ns` tell whether the scan
-has to be done again."""
+`voxels_sha256` is of the values in the patient's axes, whatever the file's order of axes and type of numbers; `recipe`,
+`size` and `mtime_ns` tell whether the scan has to be done again."""
 
 _SAVE_EVERY = 100
 _PADDING_SHARE = 0.005
@@ -161,7 +162,7 @@ def _placed(scan: ScanFile, target: Path, mode: str) -> dict[str, Any]:
 
 
 def _looked_through(scan: Scan, wanted: ScanFile) -> dict[str, Any]:
-    found: dict[str, Any] = {"voxels_sha256": _voxels_sha256(scan.array), "notes": [*scan.notes, *_notes(wanted)]}
+    found: dict[str, Any] = {"voxels_sha256": _voxels_sha256(scan), "notes": [*scan.notes, *_notes(wanted)]}
     if wanted.has_lung:
         found["air_hu"] = air_hu(scan.array)
         if not AIR_HU[0] <= found["air_hu"] <= AIR_HU[1]:
@@ -180,9 +181,12 @@ def _notes(scan: ScanFile) -> Iterable[str]:
         yield f"rescaled by {scan.header.slope:g} and {scan.header.intercept:g} from {scan.header.source}"
 
 
-def _voxels_sha256(array: np.ndarray) -> str:
-    digest = hashlib.sha256(f"{array.dtype.str} {array.shape}".encode())
-    digest.update(np.ascontiguousarray(array.T).data)
+def _voxels_sha256(scan: Scan) -> str:
+    """The same for a scan and its copy with flipped or exchanged axes, or with numbers of another type."""
+    array = frame_of(scan.array.shape, scan.affine).canonical(scan.array)
+    digest = hashlib.sha256(f"{array.shape}".encode())
+    for part in array:
+        digest.update((np.ascontiguousarray(part, "<f4") + np.float32(0.0)).data)  # -0.0 is 0.0
     return digest.hexdigest()
 
 

@@ -13,6 +13,7 @@ import pytest
 from pipelines.datasets.base import HELD_OUT, ImportOptions, Refusal, ScanFile
 from pipelines.datasets.catalogue import DATASETS
 from pipelines.datasets.importing import import_dataset
+from pipelines.datasets.placing import place_scans
 from pipelines.datasets.splits import split_in_name
 from pipelines.questions import Question, read_questions
 from pipelines.scans.nifti import write_scan
@@ -151,6 +152,20 @@ def test_one_of_several_files_of_a_name_is_the_scan(tmp_path: Path, others: tupl
         assert isinstance(found, ScanFile) and found.path == tmp_path / expected
     else:
         assert isinstance(found, Refusal) and found.reason == "two files have the scan's name"
+
+
+def test_a_copy_in_other_axes_and_numbers_is_the_same_image(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(-1000, 1000, (6, 7, 8)).astype(np.int16)
+    affine, flipped = np.diag([1.0, 1.0, 2.0, 1.0]), np.diag([-1.0, 1.0, 2.0, 1.0])
+    flipped[0, 3] = 5.0
+    write_scan(values, affine, tmp_path / "a.nii")
+    write_scan(values[::-1].astype(np.float32), flipped, tmp_path / "b.nii")
+    write_scan(values.transpose(2, 0, 1), affine[:, [2, 0, 1, 3]], tmp_path / "c.nii.gz")
+    write_scan(values[::-1], affine, tmp_path / "mirrored.nii")
+    scans = [ScanFile(scan_id=path.name.split(".")[0], path=path) for path in sorted(tmp_path.glob("*.nii*"))]
+    table = place_scans(scans, tmp_path / "images", tmp_path / "scans.parquet", "link", num_workers=1)
+    checksums = dict(table.select("scan_id", "voxels_sha256").iter_rows())
+    assert checksums["a"] == checksums["b"] == checksums["c"] != checksums["mirrored"]
 
 
 @pytest.mark.parametrize("value", ["1e300", "1" + "0" * 400, "[" * 3000, "NaN", "[1, 2]"])
