@@ -26,10 +26,18 @@ def list_series(folder: Path) -> list[Series]:
     Refused ones are listed too, with the reason; files that are not DICOM are passed over. Files that call
     themselves DICOM, by name or content, and cannot be read make one refused entry, ``unreadable``, and a
     note with every other series.
+
+    Raises:
+        PhotonError: ``SCAN_UNREADABLE`` when the folder cannot be listed.
     """
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        fact = f"the folder cannot be listed ({error.strerror})."
+        raise PhotonError("SCAN_UNREADABLE", folder, fact, "Check that it is there, and its permissions.") from error
     images: list[Slice] = []
     broken: list[PhotonError] = []
-    for path in sorted(folder.iterdir()):
+    for path in paths:
         if path.name.startswith(".") or not path.is_file():
             continue
         try:

@@ -61,8 +61,8 @@ def check_pixels(pixels: Pixels, path: Path) -> None:
         raise PhotonError("SCAN_TRAILING_DATA", path, fact, GET_AGAIN)
 
 
-def pixel_bytes(content: bytes, pixels: Pixels, path: Path) -> bytes:
-    """The value of the pixel data of a whole file; compressed, all items of it.
+def pixel_bytes(content: bytes, pixels: Pixels, path: Path) -> bytes | memoryview:
+    """The value of the pixel data of a whole file, not copied; compressed, all items of it.
 
     Raises:
         PhotonError: ``SCAN_TRUNCATED``; as :func:`dicom_files.inflated_body`.
@@ -70,7 +70,7 @@ def pixel_bytes(content: bytes, pixels: Pixels, path: Path) -> bytes:
     if pixels.syntax == DeflatedExplicitVRLittleEndian:
         content = inflated_body(content, path)
     if pixels.length is not None:
-        value = content[pixels.offset : pixels.offset + pixels.length]
+        value = memoryview(content)[pixels.offset : pixels.offset + pixels.length]
         if len(value) < pixels.length:
             fact = f"it declares {pixels.length} bytes of pixels and holds {len(value)}."
             raise PhotonError("SCAN_TRUNCATED", path, fact, GET_AGAIN)
@@ -89,7 +89,7 @@ def pixel_bytes(content: bytes, pixels: Pixels, path: Path) -> bytes:
         end += length
 
 
-def stored_values(value: bytes, pixels: Pixels, frame: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
+def stored_values(value: bytes | memoryview, pixels: Pixels, frame: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """The values of one frame.
 
     Returns:
@@ -101,7 +101,7 @@ def stored_values(value: bytes, pixels: Pixels, frame: int, path: Path) -> tuple
     """
     high = pixels.high_bit
     if pixels.length is None:
-        whole = _decompressed(value, pixels, frame, path)
+        whole = _decompressed(bytes(value), pixels, frame, path)
         if pixels.syntax in (*JPEG2000TransferSyntaxes, *JPEGLSTransferSyntaxes):
             return whole, whole  # the stream itself says how many bits hold its values
         if pixels.syntax != RLELossless:

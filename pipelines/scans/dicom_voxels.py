@@ -86,7 +86,7 @@ class _Builder:
         self._num_images: Counter[str] = Counter()
         self._num_padded = 0
 
-    def put(self, index: int, image: Slice, pixels: Pixels, value: bytes) -> None:
+    def put(self, index: int, image: Slice, pixels: Pixels, value: bytes | memoryview) -> None:
         """Decode an image into its place, or compare it with the one that is there."""
         whole, values = stored_values(value, pixels, image.frame, image.path)
         padding = self._padding(whole, values, image)

@@ -145,7 +145,8 @@ def scan_id_of(path: Path) -> str:
 
 def _in_folder(folder: Path) -> Iterator[Source]:
     """Sources without ids."""
-    for parent, folders, files in os.walk(folder):
+    closed: list[OSError] = []
+    for parent, folders, files in os.walk(folder, onerror=closed.append):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths = [Path(parent) / name for name in sorted(files) if not name.startswith(".")]
         paths = [path for path in paths if path.is_file() or not path.exists()]  # reading a pipe would never end
@@ -158,6 +159,11 @@ def _in_folder(folder: Path) -> Iterator[Source]:
                 yield from _in_archive(path, name)
             elif is_scan_name(path.name):
                 yield Source(scan_id="", path=path, relative=name, refusal=_refusal(path))
+    for error in closed:
+        path = Path(error.filename)
+        fact = f"the folder cannot be listed ({error.strerror})."
+        refusal = PhotonError("SCAN_UNREADABLE", path, fact, "Check its permissions.")
+        yield Source(scan_id="", path=path, relative=path.relative_to(folder).as_posix(), refusal=refusal)
 
 
 def _in_archive(path: Path, relative: str) -> list[Source]:

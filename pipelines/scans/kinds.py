@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path, PurePosixPath
 
+from photon.errors import PhotonError
 from pipelines.scans.archives import Member, extract, is_archive_name
 from pipelines.scans.scan import DICOM_ENDINGS, FORMAT_OF_ENDING, PREAMBLE, is_dicom, scan_ending
+from pipelines.scans.streams import MAX_LARGE_RATIO, MAX_UNPROVEN_BYTES
 
 OTHER_FORMATS = (
     *(".mgz", ".mgh", ".hdr", ".mnc", ".nii.bz2", ".nii.xz", ".nii.zst"),
@@ -62,8 +64,13 @@ def unpack(path: Path, members: list[Member], folder: Path) -> None:
     """Take DICOM files out of an archive, under names that say nothing.
 
     Raises:
-        PhotonError: as :func:`pipelines.scans.archives.extract`.
+        PhotonError: ``ARCHIVE_TOO_LARGE`` when they claim to hold more than such an archive can; as
+            :func:`pipelines.scans.archives.extract`.
     """
+    size, claimed = path.stat().st_size, sum(member.size for member in members)
+    if claimed > max(MAX_UNPROVEN_BYTES, size * MAX_LARGE_RATIO):
+        fact = f"an archive of {size} bytes claims to hold {claimed} bytes of DICOM."
+        raise PhotonError("ARCHIVE_TOO_LARGE", path, fact, "Check where the file comes from.")
     targets = {}
     for number, member in enumerate(members):
         ending = ".dcm" if is_dicom_file(member.name, member.start) else ""

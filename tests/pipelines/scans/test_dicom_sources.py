@@ -14,6 +14,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import ImplicitVRLittleEndian
 
 from photon.errors import PhotonError
+from pipelines.scans import kinds
 from pipelines.scans.dicom import list_series, read_dicom
 from pipelines.scans.find import find_scans, read_source
 from pipelines.scans.nifti import write_scan
@@ -133,6 +134,19 @@ def test_copies_of_a_series_are_scans(tmp_path: Path, dicom: Any) -> None:
     sources = find_scans(tmp_path)
     assert len({source.scan_id for source in sources}) == 3
     assert [read_source(source).array.shape[2] for source in sources] == [6, 6, 3]
+
+
+def test_slices_that_no_archive_can_hold_are_not_unpacked(
+    tmp_path: Path, dicom: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each entry is small enough by itself."""
+    paths = dicom.write_series(tmp_path / "in", np.zeros((4, 512, 512), np.uint16))
+    with zipfile.ZipFile(tmp_path / "all.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in paths:
+            archive.write(path, path.name)
+    monkeypatch.setattr(kinds, "MAX_UNPROVEN_BYTES", 1 << 21)
+    (source,) = find_scans(tmp_path / "all.zip")
+    assert source.refusal is not None and source.refusal.code == "ARCHIVE_TOO_LARGE"
 
 
 def test_pipes_are_passed_over(tmp_path: Path, dicom: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from pathlib import Path
 
 import numpy as np
@@ -81,3 +82,19 @@ def test_folders_that_cannot_be_searched(tmp_path: Path) -> None:
     for path, code in ((tmp_path / "none", "INPUT_MISSING"), (tmp_path, "ARCHIVE_EMPTY")):
         with pytest.raises(PhotonError, match=code):
             find_scans(path)
+
+
+def test_a_folder_that_cannot_be_listed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_scan(np.arange(60, dtype=np.int16).reshape(3, 4, 5), np.eye(4), tmp_path / "open.nii")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    closed, readable = find_scans(tmp_path)
+    assert closed.refusal is not None and closed.refusal.code == "SCAN_UNREADABLE" and closed.relative == "closed"
+    assert readable.refusal is None
