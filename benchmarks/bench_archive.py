@@ -125,7 +125,7 @@ def run_processes(folder: Path, scans: Path, num_scans: int, num_workers: int) -
     return found
 
 
-def run_tasks(folder: Path, scans: Path, num_scans: int, runner: str, work_s: float) -> list[dict[str, float]]:
+def run_tasks(folder: Path, num_scans: int, runner: str, num_workers: int, work_s: float) -> list[dict[str, float]]:
     """Time of Prefect's tasks for several numbers of scans a task, less the work itself."""
     from flows import settings
     from flows.preprocess import run_preprocess
@@ -137,13 +137,26 @@ def run_tasks(folder: Path, scans: Path, num_scans: int, runner: str, work_s: fl
             number = min(num_scans, 64 * per_task)
             part = folder / f"scans-{per_task}"
             make_scans(part, number)
-            started = time.perf_counter()
+            moments: list[float] = []
             run_preprocess(
-                part, folder / f"volumes-{per_task}", TINY, modality="ct", runner=runner, scans_per_task=per_task
+                part,
+                folder / f"volumes-{per_task}",
+                TINY,
+                modality="ct",
+                runner=runner,
+                scans_per_task=per_task,
+                num_workers=num_workers,
+                on_progress=lambda *_, moments=moments: moments.append(time.perf_counter()),
             )
-            elapsed = time.perf_counter() - started
-            rows.append({"scans_per_task": per_task, "num_scans": number, "elapsed_s": elapsed,
-                         "overhead_ms_per_scan": 1e3 * (elapsed / number - work_s)})  # fmt: skip
+            # From the first chunk's end to the last's: a cluster takes seconds to start, once.
+            per_scan = (moments[-1] - moments[0]) / max(number - per_task, 1)
+            rows.append(
+                {
+                    "scans_per_task": per_task,
+                    "num_scans": number,
+                    "overhead_ms_per_scan": 1e3 * (per_scan * num_workers - work_s),
+                }
+            )
     return rows
 
 
@@ -165,7 +178,9 @@ def main() -> None:
             spent = found["first"]["orchestration_ms_per_scan"]
             found["orchestration_share_of_a_real_scan"] = spent / (spent + found["real_scan_ms"])
         else:
-            found["tasks"] = run_tasks(folder, folder / "scans", options.num_scans, options.runner, work_s)
+            found["tasks"] = run_tasks(
+                folder, folder / "scans", options.num_scans, options.runner, options.num_workers, work_s
+            )
             for row in found["tasks"]:
                 row["share_of_a_real_scan"] = row["overhead_ms_per_scan"] / (
                     row["overhead_ms_per_scan"] + found["real_scan_ms"]

@@ -6,6 +6,7 @@ scans takes so much longer that this is below 5 % of it. Runners are imported on
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,6 @@ from prefect import flow, task  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 from prefect.futures import as_completed  # noqa: E402
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner  # noqa: E402
-from prefect.utilities.annotations import quote  # noqa: E402
 
 from photon.errors import PhotonError  # noqa: E402
 from pipelines.preprocess import preprocess  # noqa: E402
@@ -27,6 +27,8 @@ from pipelines.preprocess_scan import Outcome, ScanJob, do_scan  # noqa: E402
 from pipelines.results import PreprocessRecord  # noqa: E402
 from pipelines.volumes import VolumeSpec  # noqa: E402
 from pipelines.workers import default_num_workers  # noqa: E402
+
+_log = logging.getLogger("photon")
 
 SCANS_PER_TASK = 32
 RUNNERS = ("processes", "threads", "dask", "ray")
@@ -74,11 +76,12 @@ def make_task_runner(name: str, address: str | None, num_workers: int) -> TaskRu
         return ThreadPoolTaskRunner(max_workers=num_workers)
     try:
         if name == "dask":
+            os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "warning")
             from prefect_dask import DaskTaskRunner
 
             if address:
                 return DaskTaskRunner(address=address)
-            cluster = {"n_workers": num_workers, "threads_per_worker": 1, "dashboard_address": None}
+            cluster = {"n_workers": num_workers, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
             return DaskTaskRunner(cluster_kwargs=cluster)
         if name == "ray":
             from prefect_ray import RayTaskRunner
@@ -92,19 +95,26 @@ def make_task_runner(name: str, address: str | None, num_workers: int) -> TaskRu
     raise PhotonError("RUNNER_UNKNOWN", name, "there is no such runner.", f"Choose one of: {', '.join(RUNNERS)}.")
 
 
+class Chunk:
+    """Jobs that are handed out together. A class of its own: Prefect and Dask would look for futures in lists and
+    dataclasses, and Dask would rebuild them."""
+
+    def __init__(self, jobs: Sequence[ScanJob]) -> None:
+        self.jobs = jobs
+
+
 @task(name="preprocess-scans", persist_result=False, cache_policy=NO_CACHE, log_prints=False)
-def do_chunk(jobs: Sequence[ScanJob]) -> list[Outcome]:
+def do_chunk(chunk: Chunk) -> list[Outcome]:
     """A chunk of scans, one after another, on a worker."""
-    return [do_scan(job) for job in jobs]
+    return [do_scan(job) for job in chunk.jobs]
 
 
 def in_tasks(scans_per_task: int) -> Callable[[Sequence[ScanJob]], Iterator[tuple[ScanJob, Outcome | None]]]:
     """A runner of jobs for :func:`preprocess`, to be used inside a flow; its task runner decides where they run."""
 
     def run_jobs(jobs: Sequence[ScanJob]) -> Iterator[tuple[ScanJob, Outcome | None]]:
-        chunks = [jobs[start : start + scans_per_task] for start in range(0, len(jobs), scans_per_task)]
-        # Quoted: Prefect would search every job for futures to wait for.
-        submitted = {do_chunk.submit(quote(chunk)): chunk for chunk in chunks}
+        chunks = [Chunk(jobs[start : start + scans_per_task]) for start in range(0, len(jobs), scans_per_task)]
+        submitted = {do_chunk.submit(chunk): chunk.jobs for chunk in chunks}
         for future in as_completed(list(submitted)):
             chunk = submitted[future]
             outcomes: Sequence[Outcome | None]
@@ -112,7 +122,8 @@ def in_tasks(scans_per_task: int) -> Callable[[Sequence[ScanJob]], Iterator[tupl
                 outcomes = future.result()
             except PhotonError:
                 raise
-            except Exception:  # the worker died; which of the scans it was is found out one by one
+            except Exception as error:  # the worker died; which of the scans it was is found out one by one
+                _log.warning("A chunk of %d scans failed (%s); they are done alone.", len(chunk), type(error).__name__)
                 outcomes = [None] * len(chunk)
             yield from zip(chunk, outcomes, strict=True)
 

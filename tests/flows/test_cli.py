@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -30,6 +32,7 @@ from pipelines.files import file_digest
 from pipelines.questions import EVERY_SCAN, Question, write_questions
 from pipelines.scans.nifti import write_scan
 from pipelines.train_spec import TrainSpec
+from pipelines.versioning import folder_version, read_version
 from pipelines.volumes import VOLUME_SPECS
 
 NAMES = [command.__name__ for command in COMMANDS]
@@ -143,6 +146,30 @@ def test_preprocess_tells_what_it_refused(place: Path, photon: Callable[..., tup
     code, text, error = photon(*arguments)
     assert code == 3 and "SCAN_UNREADABLE" in text and "preprocess: 3/3" in error
     assert pl.read_parquet(place / "out" / "manifest.parquet").height == 3
+
+
+def test_versions_of_the_data_are_told_compared_and_restored(
+    place: Path, photon: Callable[..., tuple[int, str, str]]
+) -> None:
+    data = place / "project" / "data"
+    shutil.copytree(make_archive(place), data / "raw")
+    arguments = ("preprocess", "--input", data / "raw", "--output", data / "volumes", "--preset", "smoke")
+    assert photon(*arguments)[0] == 0 and not data.with_name("data.dvc").exists()
+    code, text, _ = photon(*arguments, "--record")
+    assert code == 0 and re.search(r"^added +2$", text, re.MULTILINE)
+    first = read_version(data.with_name("data.dvc"))
+    (data / "raw" / "bad.nii").write_bytes(b"no scan")
+    code, text, _ = photon(*arguments)  # recorded, as the folder has a version
+    assert code == 3 and re.search(r"^refused +1$", text, re.MULTILINE)
+    second = read_version(data.with_name("data.dvc"))
+    _, text, _ = photon("versions", "--data", data)
+    assert first != second and text.index(second) < text.index(first)
+    _, text, _ = photon("diff", first[:8], second[:8], "--data", data)
+    assert "bad" in text and re.search(r"^added +0$", text, re.MULTILINE)
+    assert photon("restore", first[:8], "--data", data)[0] == 0
+    assert folder_version(data) == first and not (data / "raw" / "bad.nii").exists()
+    code, text, _ = photon("contact-sheet", "--volumes", data / "volumes", "--output", place / "scans.html")
+    assert code == 0 and (place / "scans.html").is_file()
 
 
 def test_score_tells_its_rows_and_exits_with_3_when_some_failed(

@@ -42,10 +42,17 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("runner", ["threads", "dask", "ray"])
 @pytest.mark.usefixtures("prefect_server")
-def test_runners_do_what_processes_do(scans: Path, tmp_path: Path, runner: str) -> None:
+def test_runners_do_what_processes_do(
+    scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runner: str
+) -> None:
     if runner != "threads" and importlib.util.find_spec(f"prefect_{runner}") is None:
         pytest.skip(f"prefect-{runner} is not installed")
     expected = preprocess(scans, tmp_path / "expected", SPEC)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a scan was done without the runner")
+
+    monkeypatch.setattr("pipelines.preprocess.run_in_processes", refuse)
     seen: list[int] = []
     record = run_preprocess(
         scans, tmp_path / "out", SPEC, runner=runner, scans_per_task=3, num_workers=2,
