@@ -185,25 +185,28 @@ def _plugin(pixels: Pixels, path: Path) -> str:
 
 
 def _check_stream(stream: bytes, pixels: Pixels, path: Path) -> None:
-    """Prove that a JPEG stream of any kind is complete and of the declared size, before memory is taken for it."""
+    """Prove, before memory is taken for it, that a JPEG stream is complete, grey and of the declared size."""
     if not stream.rstrip(b"\0").endswith(b"\xff\xd9"):
         raise PhotonError("SCAN_TRUNCATED", path, "its compressed pixels end in the middle.", GET_AGAIN)
-    size = _stream_size(stream)
-    if size != (pixels.rows, pixels.columns):
+    *size, num_channels = _stream_size(stream)
+    if num_channels > 1:
+        fact = f"its compressed pixels have {num_channels} channels, its header says one."
+        raise PhotonError("PIXELS_CORRUPT", path, fact, GET_AGAIN)
+    if size != [pixels.rows, pixels.columns]:
         fact = f"its compressed pixels are {size[0]} x {size[1]}, its header says {pixels.rows} x {pixels.columns}."
         raise PhotonError("PIXELS_CORRUPT", path, fact, GET_AGAIN)
 
 
-def _stream_size(stream: bytes) -> tuple[int, int]:
-    """Rows and columns that a JPEG, JPEG-LS or JPEG 2000 stream declares; zeros when it does not."""
+def _stream_size(stream: bytes) -> tuple[int, int, int]:
+    """Rows, columns and channels that a JPEG, JPEG-LS or JPEG 2000 stream declares; zeros when it does not."""
     if stream[:4] == b"\xff\x4f\xff\x51":  # JPEG 2000: the size comes first
-        right, bottom, left, top = struct.unpack(">4I", stream[8:24])
-        return bottom - top, right - left
+        right, bottom, left, top, num_channels = struct.unpack_from(">4I16xH", stream, 8)
+        return bottom - top, right - left, num_channels
     start = 2
-    while start + 9 <= len(stream) and stream[start] == 0xFF:
+    while start + 10 <= len(stream) and stream[start] == 0xFF:
         marker, length = stream[start + 1], int.from_bytes(stream[start + 2 : start + 4], "big")
         if marker in _SIZE_MARKERS:
-            rows, columns = struct.unpack(">HH", stream[start + 5 : start + 9])
-            return rows, columns
+            rows, columns, num_channels = struct.unpack_from(">HHB", stream, start + 5)
+            return rows, columns, num_channels
         start += 2 + length
-    return 0, 0
+    return 0, 0, 0

@@ -15,6 +15,7 @@ import numpy as np
 from photon.errors import PhotonError
 from pipelines.scans.checks import (
     MAX_VOXELS,
+    bad_affine,
     check_grid,
     check_matrix,
     check_scaling,
@@ -154,6 +155,9 @@ class _Header:
 
     def affine(self) -> np.ndarray:
         """Matrix [4, 4], voxel to world RAS mm; the file's own frame is LPS."""
+        unit = self.text("DistanceUnits", "mm").lower()
+        if unit not in ("mm", "?"):  # other readers take any for mm
+            raise bad_affine(self._path, f"its unit of length is {unit}; mm is read.")
         if "ElementSpacing" not in self._fields and "ElementSize" not in self._fields:
             self.notes.append("the header records no voxel spacing: 1 mm is assumed")
         spacing = self.numbers("ElementSpacing", 3, self._fields.get("ElementSize", "1 1 1"))

@@ -14,12 +14,14 @@ import numpy as np
 
 from photon.errors import PhotonError
 from pipelines.scans.checks import (
+    MAX_SPACING_MISMATCH,
     MAX_VOXELS,
     bad_affine,
     check_grid,
     check_matrix,
     check_spacing,
     scaled,
+    shown,
     unreadable,
     unsupported,
 )
@@ -156,6 +158,7 @@ def _affine(fields: Mapping[str, Any], path: Path, notes: list[str]) -> np.ndarr
         if np.shape(directions) != (3, 3):
             raise bad_affine(path, f"its space directions are a table of {np.shape(directions)}.")
         affine[:3, :3] = np.array(directions, np.float64).T
+        _check_spacings(spacings, np.linalg.norm(affine[:3, :3], axis=0), path)
     elif spacings is not None and len(spacings) == 3:
         check_spacing([abs(float(value)) for value in spacings], path)
         affine[:3, :3] = np.diag(np.array(spacings, np.float64))
@@ -163,6 +166,9 @@ def _affine(fields: Mapping[str, Any], path: Path, notes: list[str]) -> np.ndarr
         notes.append("the header records no voxel spacing: 1 mm is assumed")
     origin = fields.get("space origin")
     if origin is None:
+        starts = np.asarray(fields.get("axis mins", 0.0), np.float64)
+        if (np.isfinite(starts) & (starts != 0)).any():
+            raise bad_affine(path, "its origin is given by axis mins, not in the patient's space.")
         notes.append("the header records no origin: 0 is assumed")
     elif np.shape(origin) != (3,):
         raise bad_affine(path, f"its origin has {np.size(origin)} numbers.")
@@ -172,6 +178,15 @@ def _affine(fields: Mapping[str, Any], path: Path, notes: list[str]) -> np.ndarr
     affine = np.diag([*signs, 1.0]) @ affine
     check_matrix(affine, path)
     return affine
+
+
+def _check_spacings(spacings: Any, lengths: np.ndarray, path: Path) -> None:
+    """Where a header has spacings beside directions, which NRRD forbids, they must be the same."""
+    given = np.asarray(lengths if spacings is None else spacings, np.float64)
+    if given.shape != lengths.shape or (np.abs(given - lengths) > MAX_SPACING_MISMATCH * lengths).any():
+        raise bad_affine(
+            path, f"its directions say {shown(lengths.tolist())} a voxel, its spacings {shown(given.ravel().tolist())}."
+        )
 
 
 def _unit_mm(fields: Mapping[str, Any], path: Path, notes: list[str]) -> float:

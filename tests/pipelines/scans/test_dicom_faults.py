@@ -374,6 +374,16 @@ def test_a_compressed_stream_of_another_size_is_not_decoded(tmp_path: Path, dico
     assert error.code == "PIXELS_CORRUPT" and "60000 x 60000" in error.fact
 
 
+def test_a_compressed_stream_of_many_channels_is_not_decoded(tmp_path: Path, dicom: Any) -> None:
+    paths = dicom.write_series(tmp_path, dicom.random_stored(shape=(3, 33, 40)), compress=JPEG2000Lossless)
+    content = paths[1].read_bytes()
+    at = content.index(b"\xff\x4f\xff\x51") + 40
+    assert content[at : at + 2] == b"\0\1"
+    paths[1].write_bytes(content[:at] + struct.pack(">H", 16384) + content[at + 2 :])
+    error = refusal(tmp_path)
+    assert error.code == "PIXELS_CORRUPT" and "16384 channels" in error.fact
+
+
 def test_a_compressed_stream_that_is_none(tmp_path: Path, dicom: Any) -> None:
     paths = dicom.write_series(tmp_path, dicom.random_stored(shape=(3, 33, 40)), compress=RLELossless)
     content = bytearray(paths[1].read_bytes())
