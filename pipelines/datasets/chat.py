@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -46,16 +47,20 @@ class Chat:
     )
 
     def drafts(self, folder: Path, options: ImportOptions) -> Iterator[Draft | Refusal]:
-        """Samples of every .json and .jsonl file whose first row has messages."""
+        """Samples of every .json and .jsonl file of which a row has messages."""
         is_found = False
         names = _names(folder)
         for path in files_below(folder, ".json", ".jsonl"):
             rows = json_rows(path, folder)
-            first = next(rows, None)
-            if not isinstance(first, Row) or "messages" not in first.content:
+            before = []
+            for row in rows:
+                before.append(row)
+                if isinstance(row, Row) and "messages" in row.content:
+                    break
+            else:
                 continue
             is_found = True
-            for row in (first, *rows):
+            for row in itertools.chain(before, rows):
                 if isinstance(row, Refusal):
                     yield row
                     continue
@@ -99,7 +104,14 @@ def _names(folder: Path) -> Names:
                 videos.add(_video(row))
             except RowError:
                 continue
-    return _told_apart(videos)
+    without_ending = {video: _without_ending(video) for video in videos}
+    names = _told_apart(set(without_ending.values()))
+    return {video: names[path] for video, path in without_ending.items()}
+
+
+def _without_ending(video: str) -> str:
+    path = PurePosixPath(video)
+    return str(path.with_name(scan_id_of(Path(path.name))))
 
 
 def _told_apart(videos: Iterable[str]) -> Names:
@@ -133,11 +145,11 @@ def _told_apart(videos: Iterable[str]) -> Names:
 
 def _draft(row: Row, path: Path, names: Names) -> Draft:
     video = _video(row)
+    asked, answer = _first_turn(row.content.get("messages"))
     name = names[video]
     if name is None:
         raise RowError("two scans have the path", repr(video[-80:]))
     scan_id, patient_id = name
-    asked, answer = _first_turn(row.content["messages"])
     if asked.count(VIDEO) > 1:
         raise RowError("it is about more than one scan", f"{asked.count(VIDEO)} {VIDEO} tags")
     question = " ".join(asked.replace(VIDEO, " ").split())
@@ -173,7 +185,10 @@ def _video(row: Row) -> str:
     video = str(paths[0]).replace("\\", "/")
     if len(video) > _MAX_PATH or any(len(part.encode("utf-8", "replace")) > 255 for part in video.split("/")):
         raise RowError("the path of its scan is too long", repr(video[-80:]))
-    return str(PurePosixPath(video))
+    path = PurePosixPath(video)
+    if not scan_id_of(Path(path.name)):
+        raise RowError("it is about no scan", repr(video[-80:]))
+    return str(path)
 
 
 def _scan_name(video: str) -> tuple[str, str]:

@@ -74,6 +74,8 @@ def test_folders_that_do_not_tell_scans_apart_are_refused(tmp_path: Path, read: 
         ("How \ud800?", "b", "x.nii.gz", "a text is no Unicode"),
         ("How?", "b", "x\ud800.nii.gz", "a text is no Unicode"),
         ("How?", "b", "x\0y.nii.gz", "the scan's name cannot be that of a file"),
+        ("How?", "b", "P1/.nii.gz", "it is about no scan"),
+        ("How?", "b", "/", "it is about no scan"),
         ("How?", "b", "../ct.nii.gz", "the scan's name cannot be that of a file"),
         ("How?", "b", "x" * 300 + ".nii.gz", "the path of its scan is too long"),
     ],
@@ -93,6 +95,17 @@ def test_names_of_files_that_are_no_unicode_are_written_otherwise(tmp_path: Path
     questions, refused, sources = chat(tmp_path)
     assert list(questions) == ["Good?"] and refused == {"there is no answer": 1}
     assert sources == {"x": "tr\\udcff/x.nii.gz"}
+
+
+@pytest.mark.parametrize(
+    "first", ["oops", '{"note": 1}', '{"videos": ["x.nii.gz"]}', '{"messages": 3, "videos": ["x.nii"]}']
+)
+def test_a_first_row_that_is_damaged_does_not_hide_its_file(tmp_path: Path, first: str) -> None:
+    write_chat(tmp_path / "in" / "train.jsonl", ("Good?", "yes", "x.nii.gz"))
+    path = tmp_path / "in" / "train.jsonl"
+    path.write_text(f"{first}\n{path.read_text()}")
+    questions, refused, _ = chat(tmp_path)
+    assert list(questions) == ["Good?"] and sum(refused.values()) == 1
 
 
 def test_a_number_without_bounds_is_a_text(tmp_path: Path) -> None:
