@@ -178,9 +178,7 @@ def main() -> None:
             spent = found["first"]["orchestration_ms_per_scan"]
             found["orchestration_share_of_a_real_scan"] = spent / (spent + found["real_scan_ms"])
         else:
-            found["tasks"] = run_tasks(
-                folder, folder / "scans", options.num_scans, options.runner, options.num_workers, work_s
-            )
+            found["tasks"] = run_tasks(folder, options.num_scans, options.runner, options.num_workers, work_s)
             for row in found["tasks"]:
                 row["share_of_a_real_scan"] = row["overhead_ms_per_scan"] / (
                     row["overhead_ms_per_scan"] + found["real_scan_ms"]
