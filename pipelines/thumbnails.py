@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.slices import Plane, make_planes
+from pipelines.slices import Plane, display_window, make_planes
 
 MAX_SIDE = 128
 """Longest side in pixels; larger slices are averaged down."""
@@ -19,7 +19,9 @@ GREY_STEP = 4
 def centre_planes(voxels: NDArray[np.integer], spacing_mm: tuple[float, float, float]) -> list[Plane]:
     """Axial, coronal and sagittal slices through the centre of a volume [Z, Y, X], a pixel a voxel."""
     z, y, x = (side // 2 for side in voxels.shape)
-    return make_planes(voxels, centre=(z, y, x), spacing_mm=spacing_mm, pixels_per_plane=1)
+    step = max(1, max(voxels.shape) // MAX_SIDE)  # percentiles of every voxel would take most of the time
+    window = display_window(voxels[::step, ::step, ::step])
+    return make_planes(voxels, centre=(z, y, x), spacing_mm=spacing_mm, window_hu=window, pixels_per_plane=1)
 
 
 def thumbnail(plane: Plane) -> bytes:
