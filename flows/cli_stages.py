@@ -112,7 +112,7 @@ def preprocess(
         bool, typer.Option("--prune", help="Delete volumes of scans that are gone or refused now.")
     ] = False,
     runner: Annotated[str, typer.Option(help="What does the scans: processes here, dask or ray.")] = "processes",
-    scans_per_task: Annotated[int, typer.Option(min=1, help="With dask or ray: scans handed out at once.")] = 32,
+    scans_per_task: Annotated[int, typer.Option(min=1, help="With dask or ray: scans handed out at once.")] = 128,
     address: Annotated[str | None, typer.Option(help="A running Dask or Ray cluster that sees the same files.")] = None,
     record: Annotated[
         bool | None,

@@ -30,7 +30,7 @@ from pipelines.workers import default_num_workers  # noqa: E402
 
 _log = logging.getLogger("photon")
 
-SCANS_PER_TASK = 32
+SCANS_PER_TASK = 128
 RUNNERS = ("processes", "threads", "dask", "ray")
 
 

@@ -27,7 +27,7 @@ def put_scan(path: Path, seed: int = 0) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two good scans, a truncated one, files that are DICOM by name alone, another format and files that are no scans."""
+    """Two good scans, a truncated one, DICOM by name alone, another format and files that are no scans."""
     scans = tmp_path / "in"
     put_scan(scans / "a.nii", 1)
     put_scan(scans / "deep" / "b.nii.gz", 2)
