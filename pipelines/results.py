@@ -166,8 +166,9 @@ class ImportRecord(Record):
     """What `photon import` made of a public dataset.
 
     Counts of questions are of this dataset alone, after `num_dropped` (of all datasets in the folder) were left out
-    because of leaks. Scans asked about (0 when none were looked for) are ok, refused when they were read, or missing: without a file, or without a
-    known header. `num_leaks` counts what is both learnt and tested, in all questions of the folder.
+    because of leaks. Scans asked about (0 when none were looked for) are ok, refused when they were read, or missing:
+    without a file, or without a known header. `num_leaks` counts what is both learnt and tested, in all questions of
+    the folder.
     """
 
     dataset: str
