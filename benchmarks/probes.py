@@ -119,8 +119,8 @@ def on_gpu(function: Function, clock: Clock, repeats: int) -> dict[str, float]:
 
     Returns:
         ``plain_ms``: median between two events when the GPU waits for the first launch. ``launch_ms``: median time of
-        the host until the call returns. ``kernels_ms``: kernels and copies alone, without gaps, 0 where the profiler
-        sees no GPU. ``host_waits``: how often the host waits for the GPU.
+        the host until the call returns. ``num_kernels``, ``kernels_ms``: kernels and copies alone, without gaps; 0
+        where the profiler sees no GPU. ``host_waits``: how often the host waits for the GPU.
     """
     launches = []
     for _ in range(repeats):
@@ -131,18 +131,19 @@ def on_gpu(function: Function, clock: Clock, repeats: int) -> dict[str, float]:
     return {
         "plain_ms": statistics.median(clock.time_ms(function, is_queued=False) for _ in range(repeats)),
         "launch_ms": statistics.median(launches),
-        "kernels_ms": _kernels_ms(function, clock),
+        **_kernels(function, clock),
         "host_waits": _host_waits(function),
     }
 
 
-def _kernels_ms(function: Function, clock: Clock) -> float:
+def _kernels(function: Function, clock: Clock) -> dict[str, float]:
     clock.finish()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         function()
         clock.finish()
-    kernels = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
-    return sum(event.time_range.elapsed_us() for event in kernels if not event.is_user_annotation) / 1000
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    times_us = [event.time_range.elapsed_us() for event in events if not event.is_user_annotation]
+    return {"num_kernels": len(times_us), "kernels_ms": sum(times_us) / 1000}
 
 
 def _host_waits(function: Function) -> int:

@@ -198,5 +198,6 @@ def test_on_a_gpu(bench: ModuleType) -> None:
     step = result["step"]
     assert step["auto"]["host_waits"] == 1 and step["naive"]["host_waits"] > 1
     assert step["auto"].keys() == step["reference"].keys() > {"plain_ms", "launch_ms", "kernels_ms"}
+    assert 0 < step["auto"]["num_kernels"] < step["naive"]["num_kernels"]
     given = torch.ones(2**20, device="cuda")
     assert sys.modules["probes"].peak_bytes(lambda: (given * 2)[:7].clone(), clock.device) == 4 * 2**20 + 512

@@ -473,10 +473,8 @@ def test_the_plain_operators_do_not_wait(place: Place) -> None:
     hidden, own = torch.randn(num_rows[0], 8).to("cuda"), torch.randn(num_rows[1], 8).to("cuda")
     weights = place.put(micro_model(CONFIG)).model.predictor.weights
     with torch.no_grad(), counted(place) as found:
-        u = saliency.reference.saliency(
-            q, k, keys, layout.own_starts, layout.question_lengths, layout.pair_branch, layout.pair_starts,
-            layout.pair_lengths, layout.num_columns, layout.longest_question,
-        )  # fmt: skip
+        asked = saliency.reference.Places(*(getattr(layout, name) for name in saliency.reference.Places._fields))
+        u = saliency.reference.saliency(q, k, keys, asked, layout.num_columns, layout.longest_question)
         decision, _ = schedule.reference.schedule(u, layout.pair_lengths, weights, 0.9, 0.2, 2)
         places = selection.reference.Places(*(getattr(layout, name) for name in selection.reference.Places._fields))
         rows, *_ = selection.reference.select_rows(decision.keep, places, layout.num_entries)

@@ -223,21 +223,23 @@ def test_progress_and_order_do_not_change_the_result(data: Path, tmp_path: Path)
 def test_where_and_how_questions_are_answered_is_handed_on(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened: list[tuple[str, str, str, str]] = []
+    opened: list[tuple[str, ...]] = []
 
-    def open_answerer(checkpoint: Path, policy: str, *, closed_by: str, device: str, precision: str) -> Answerer:
-        opened.append((policy, closed_by, device, precision))
+    def open_answerer(
+        checkpoint: Path, policy: str, *, closed_by: str, device: str, precision: str, backend: str
+    ) -> Answerer:
+        opened.append((policy, closed_by, device, precision, backend))
         return _open(checkpoint, policy)
 
     monkeypatch.setattr("pipelines.predict.TorchAnswerer", open_answerer)
-    other = {"closed_by": "likelihood", "device": "auto", "precision": "bfloat16"}
+    other = {"closed_by": "likelihood", "device": "auto", "precision": "bfloat16", "backend": "reference"}
     for number, wanted in enumerate(({}, {"closed_by": "generation"}, other)):
         opened.clear()
         output = tmp_path / str(number)
         record = evaluate(Path("model"), data, output, blind_checkpoint=Path("blind"), data_version="md5", **wanted)
         expected, device = wanted.get("closed_by", "generation"), wanted.get("device", "cpu")
-        precision = wanted.get("precision", "float32")
-        assert opened == [(policy, expected, device, precision) for policy in ("photon", "all_tokens", "blind")]
+        how = (expected, device, wanted.get("precision", "float32"), wanted.get("backend", "auto"))
+        assert opened == [(policy, *how) for policy in ("photon", "all_tokens", "blind")]
         assert record.closed_by == EvaluateRecord.read(output / "evaluation.json").closed_by == expected
 
 

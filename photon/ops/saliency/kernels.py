@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from photon.ops.backend import is_interpreted
+from photon.ops.saliency.reference import Places
 
 BLOCK_QUESTION = 32
 """Question tokens of a tile: tiles of a usual question are spread over the processors of a GPU."""
@@ -149,19 +150,9 @@ def score_kernel(
     tl.store(u + place, tl.where(is_token, total, 0.0), mask=column < num_columns)
 
 
-def saliency(
-    q: Tensor,
-    k: Tensor,
-    keys: Tensor,
-    own_starts: Tensor,
-    question_lengths: Tensor,
-    pair_branch: Tensor,
-    pair_starts: Tensor,
-    pair_lengths: Tensor,
-    num_columns: int,
-    longest_question: int,
-) -> Tensor:
+def saliency(q: Tensor, k: Tensor, keys: Tensor, places: Places, num_columns: int, longest_question: int) -> Tensor:
     """Launch the kernels; arguments and result of :func:`photon.ops.saliency.reference.saliency`."""
+    own_starts, question_lengths, pair_branch, pair_starts, pair_lengths = places
     num_branches, num_pairs = own_starts.shape[0], pair_branch.shape[0]
     num_heads, head_dim, num_key_heads = q.shape[1], q.shape[2], k.shape[1]
     share = num_heads // num_key_heads

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from photon.ops import backend as backends
 from photon.ops.layout import Layout
 from photon.ops.saliency import reference
+from photon.ops.saliency.reference import Places
 
 
 def saliency(q: Tensor, k: Tensor, keys: Tensor, layout: Layout, *, backend: str = "auto") -> Tensor:
@@ -34,11 +37,7 @@ def saliency(q: Tensor, k: Tensor, keys: Tensor, layout: Layout, *, backend: str
         q.detach(),
         k.detach(),
         keys.detach(),
-        layout.own_starts,
-        layout.question_lengths,
-        layout.pair_branch,
-        layout.pair_starts,
-        layout.pair_lengths,
+        [getattr(layout, name) for name in Places._fields],
         layout.num_columns,
         layout.longest_question,
         backends.resolve(backend, q.device),
@@ -51,22 +50,19 @@ def _saliency(
     q: Tensor,
     k: Tensor,
     keys: Tensor,
-    own_starts: Tensor,
-    question_lengths: Tensor,
-    pair_branch: Tensor,
-    pair_starts: Tensor,
-    pair_lengths: Tensor,
+    places: Sequence[Tensor],
     num_columns: int,
     longest_question: int,
     implementation: str,
 ) -> Tensor:
-    places = (own_starts, question_lengths, pair_branch, pair_starts, pair_lengths, num_columns, longest_question)
+    """``places`` are those of :class:`Places`, in order."""
+    arguments = (q, k, keys, Places(*places), num_columns, longest_question)
     if implementation == "triton":
         from photon.ops.saliency import kernels
 
-        return kernels.saliency(q, k, keys, *places)
+        return kernels.saliency(*arguments)
     with torch.autocast(q.device.type, enabled=False):
-        return reference.saliency(q, k, keys, *places)
+        return reference.saliency(*arguments)
 
 
 @_saliency.register_fake
@@ -74,13 +70,9 @@ def _(
     q: Tensor,
     k: Tensor,
     keys: Tensor,
-    own_starts: Tensor,
-    question_lengths: Tensor,
-    pair_branch: Tensor,
-    pair_starts: Tensor,
-    pair_lengths: Tensor,
+    places: Sequence[Tensor],
     num_columns: int,
     longest_question: int,
     implementation: str,
 ) -> Tensor:
-    return keys.new_empty((pair_branch.shape[0], num_columns), dtype=torch.float32)
+    return keys.new_empty((Places(*places).pair_branch.shape[0], num_columns), dtype=torch.float32)

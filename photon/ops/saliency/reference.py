@@ -5,11 +5,23 @@ Letters: B branches (questions), Q question tokens, H query heads, G key heads, 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 BLOCK_ROWS = 1024
 """Rows of half-precision keys in float32 at a time, on a CPU: they stay in its cache."""
+
+
+class Places(NamedTuple):
+    """Where questions and visual tokens lie: the tensors of a layout that saliency needs."""
+
+    own_starts: Tensor
+    question_lengths: Tensor
+    pair_branch: Tensor
+    pair_starts: Tensor
+    pair_lengths: Tensor
 
 
 @torch.no_grad()
@@ -59,37 +71,16 @@ def scores(z: Tensor, keys: Tensor) -> Tensor:
     return torch.cat([rows.flatten(1).float() @ columns for rows in keys.split(BLOCK_ROWS)]).T
 
 
-def saliency(
-    q: Tensor,
-    k: Tensor,
-    keys: Tensor,
-    own_starts: Tensor,
-    question_lengths: Tensor,
-    pair_branch: Tensor,
-    pair_starts: Tensor,
-    pair_lengths: Tensor,
-    num_columns: int,
-    longest_question: int,
-) -> Tensor:
+def saliency(q: Tensor, k: Tensor, keys: Tensor, places: Places, num_columns: int, longest_question: int) -> Tensor:
     """Raw scores float32 [S, N] of packed branches; see :func:`photon.ops.saliency.op.saliency`."""
-    places = (own_starts, question_lengths, pair_branch, pair_starts, pair_lengths)
     if q.is_cpu:
-        return _by_ranges(q, k, keys, num_columns, *(x.tolist() for x in places))
-    return padded(q, k, keys, *places, num_columns, longest_question)
+        return _by_ranges(q, k, keys, places, num_columns)
+    return padded(q, k, keys, places, num_columns, longest_question)
 
 
-def _by_ranges(
-    q: Tensor,
-    k: Tensor,
-    keys: Tensor,
-    num_columns: int,
-    own_starts: list[int],
-    question_lengths: list[int],
-    pair_branch: list[int],
-    pair_starts: list[int],
-    pair_lengths: list[int],
-) -> Tensor:
+def _by_ranges(q: Tensor, k: Tensor, keys: Tensor, places: Places, num_columns: int) -> Tensor:
     """Question after question and volume after volume: nothing is padded, and nothing read for another scan."""
+    own_starts, question_lengths, pair_branch, pair_starts, pair_lengths = (x.tolist() for x in places)
     u = q.new_zeros(len(pair_branch), num_columns, dtype=torch.float32)
     questions = [slice(start, start + length) for start, length in zip(own_starts, question_lengths, strict=True)]
     z = [question_vector(q[None, rows], k[None, rows]) for rows in questions]
@@ -103,19 +94,9 @@ def _by_ranges(
     return u
 
 
-def padded(
-    q: Tensor,
-    k: Tensor,
-    keys: Tensor,
-    own_starts: Tensor,
-    question_lengths: Tensor,
-    pair_branch: Tensor,
-    pair_starts: Tensor,
-    pair_lengths: Tensor,
-    num_columns: int,
-    longest_question: int,
-) -> Tensor:
+def padded(q: Tensor, k: Tensor, keys: Tensor, places: Places, num_columns: int, longest_question: int) -> Tensor:
     """The same without a look at where ranges are, for which the host would wait for a GPU."""
+    own_starts, question_lengths, pair_branch, pair_starts, pair_lengths = places
     # A masked NaN of another branch would still be NaN times zero: padding repeats a row of the question itself.
     rows, asked = _ranges(own_starts, question_lengths, longest_question, q.shape[0])
     questions, answers = (x.index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in (q, k))

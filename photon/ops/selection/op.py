@@ -49,10 +49,10 @@ def select_rows(keep: Tensor | None, layout: Layout, *, backend: str = "auto") -
     Raises:
         PhotonError: ``BACKEND_UNKNOWN`` or ``BACKEND_UNAVAILABLE``.
     """
-    places = Places(*(getattr(layout, name) for name in Places._fields))
+    places = [getattr(layout, name) for name in Places._fields]
     implementation = backends.resolve(backend, layout.own_lengths.device)
     rows, slots, positions, table, branch_rows = torch.ops.photon.select_rows(
-        keep, list(places), layout.num_entries, implementation
+        keep, places, layout.num_entries, implementation
     )
     # The one synchronisation of the pruning step: how many rows remain is the size of everything that follows, and
     # the lengths are the bounds of the next layers' attention.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from photon.ops.layout import Layout
 from photon.ops.saliency.op import saliency
-from photon.ops.saliency.reference import BLOCK_ROWS, padded, scores
+from photon.ops.saliency.reference import BLOCK_ROWS, Places, padded, scores
 from photon.testing import poisoned_memory, ragged_layouts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,6 +55,10 @@ def inputs(
 def run(layout: Layout, tensors: Sequence[Tensor], backend: str) -> Tensor:
     q, k, keys = tensors
     return saliency(q, k, keys, layout.to(DEVICE), backend=backend)
+
+
+def places_of(layout: Layout) -> list[Tensor]:
+    return [getattr(layout, name) for name in Places._fields]
 
 
 def naive(layout: Layout, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -115,8 +119,8 @@ def test_without_a_look_at_the_ranges(name: str) -> None:
     """What runs on a GPU in plain PyTorch, on any device."""
     layout = LAYOUTS[name].to(DEVICE)
     columns, longest = layout.num_columns, layout.longest_question
-    places = (layout.own_starts, layout.question_lengths, layout.pair_branch, layout.pair_starts, layout.pair_lengths)
-    found = padded(*inputs(LAYOUTS[name]), *places, columns, longest)
+    places = Places(*places_of(layout))
+    found = padded(*inputs(LAYOUTS[name]), places, columns, longest)
     torch.testing.assert_close(found, run(layout, inputs(LAYOUTS[name]), "reference"), rtol=1e-5, atol=1e-6)
 
 
@@ -212,19 +216,19 @@ def test_mixed_precision_and_gradients_do_not_reach_it(backend: str) -> None:
 @pytest.mark.parametrize("name", ["two volumes of different sizes", "no volume", "no rows of its own"])
 def test_registration(backend: str, name: str) -> None:
     layout = LAYOUTS[name].to(DEVICE)
-    places = (layout.own_starts, layout.question_lengths, layout.pair_branch, layout.pair_starts, layout.pair_lengths)
-    arguments = (*inputs(LAYOUTS[name]), *places, layout.num_columns, layout.longest_question, backend)
+    arguments = (*inputs(LAYOUTS[name]), places_of(layout), layout.num_columns, layout.longest_question, backend)
     torch.library.opcheck(torch.ops.photon.saliency, arguments)
 
 
-def test_graphs_can_be_traced() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_graphs_can_be_traced(backend: str) -> None:
     layout = LAYOUTS["two volumes of different sizes"]
     q, k, keys = inputs(layout)
     placed = layout.to(DEVICE)
 
     class Scores(torch.nn.Module):
         def forward(self, q: Tensor, k: Tensor, keys: Tensor) -> Tensor:
-            return saliency(q, k, keys, placed, backend="reference") + 1
+            return saliency(q, k, keys, placed, backend=backend) + 1
 
     expected = Scores()(q, k, keys)
     compiled = torch.compile(Scores(), fullgraph=True, backend="aot_eager")

