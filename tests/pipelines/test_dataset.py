@@ -53,10 +53,13 @@ def source(
 
 
 def same(first: TrainingBatch, second: TrainingBatch) -> bool:
-    pairs = [(first.is_perturbed, second.is_perturbed), (first.is_flipped, second.is_flipped)]
-    names = [f.name for f in dataclasses.fields(first.batch) if f.name != "grids"]
-    pairs += [(getattr(first.batch, name), getattr(second.batch, name)) for name in names]
-    return all(torch.equal(a, b) for a, b in pairs) and first.batch.grids == second.batch.grids
+    def values(item: TrainingBatch) -> list[object]:
+        """Everything in it, tensors as lists."""
+        parts = (item, item.batch, item.batch.layout)
+        found = [getattr(part, f.name) for part in parts for f in dataclasses.fields(part)]
+        return [x.tolist() if isinstance(x, torch.Tensor) else x for x in found if not dataclasses.is_dataclass(x)]
+
+    return values(first) == values(second)
 
 
 def test_a_batch_depends_on_the_seed_and_the_step_alone(

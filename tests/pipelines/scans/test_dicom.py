@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import locale
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,15 @@ def test_compressed_by_pydicom(tmp_path: Path, dicom: Any, syntax: str) -> None:
     np.testing.assert_array_equal(scan.array, stored.transpose(2, 1, 0).astype(np.int16) - 1024)
 
 
+@pytest.fixture
+def locale_kept() -> Iterator[None]:
+    """ITK's JPEG codec leaves the C locale behind, in which no other test could read UTF-8."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
+
+
+@pytest.mark.usefixtures("locale_kept")
 @pytest.mark.parametrize("dtype", [np.uint16, np.int16])
 @pytest.mark.parametrize("name", ["JPEG", "JPEGLS", "JPEG2000"])
 def test_compressed_by_itk(tmp_path: Path, dicom: Any, name: str, dtype: type) -> None:
