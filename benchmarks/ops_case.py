@@ -22,6 +22,8 @@ from photon.ops.selection.op import select_rows
 NUM_BEFORE, NUM_QUESTION, NUM_OWN = 21, 60, 68
 """Text rows before the volume; question tokens; rows of the question and what follows it."""
 NUM_TEXT = NUM_BEFORE + 1 + NUM_OWN
+CLEAR_GAP = 2e-5
+"""Least distance of the two scaled scores around the threshold; sums in another order differ by a tenth of it."""
 """One row more ends the volume."""
 
 
@@ -98,15 +100,12 @@ class Inputs:
         self.contexts = [self._rows(NUM_BEFORE + n + 1, *kind) for kind in kinds]
         self.branches = [self._rows(NUM_OWN, *kind) for kind in kinds]
         self.sources = [torch.cat(pair) for pair in zip(self.contexts, self.branches, strict=True)]
-        self.q = self._rows(NUM_OWN, (c.num_attention_heads, c.head_dim), case.dtype)
         self.k, self.keys = self.branches[-2], self.contexts[-2]
         volumes = [[(NUM_BEFORE, n)]]
         self.layout = Layout.build([NUM_BEFORE + n + 1], volumes, [NUM_OWN], [NUM_QUESTION], [0]).to(device)
         self.visual = slice(NUM_BEFORE, NUM_BEFORE + n)
 
-        self.u = saliency(self.q, self.k, self.keys, self.layout, backend="reference")
-        self.weights = self._random_weights()
-        self.weights = self._weights_that_keep(case.num_kept)
+        self._draw_question()
         self.decision = self.decide(self.u, "reference")
         self.selection = select_rows(self.decision.keep, self.layout, backend="reference")
         self.stays = self.rows_that_stay(self.decision.keep[0])
@@ -116,19 +115,29 @@ class Inputs:
     def _rows(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.randn(count, *shape, generator=self._generator, device=self.device).to(dtype)
 
+    def _draw_question(self) -> None:
+        """Draw queries and weights; again while a score lies so close to the threshold that rounding may cross it."""
+        shape, gap = (self.config.num_attention_heads, self.config.head_dim), 0.0
+        while gap < CLEAR_GAP:
+            self.q = self._rows(NUM_OWN, shape, self.case.dtype)
+            self.u = saliency(self.q, self.k, self.keys, self.layout, backend="reference")
+            self.weights = self._random_weights()
+            gap = self._keep(self.case.num_kept)
+
     def _random_weights(self) -> ThresholdWeights:
         inner = self.config.hidden_size // 8
         hidden = self._rows(inner, (DESCRIPTOR_SIZE,), torch.float32) / DESCRIPTOR_SIZE**0.5
         last = self._rows(1, (inner,), torch.float32) / inner**0.5
         return ThresholdWeights(hidden, hidden.new_zeros(inner), last, last.new_zeros(1))
 
-    def _weights_that_keep(self, count: int) -> ThresholdWeights:
-        """The weights with a last bias that sets the threshold in the middle of the two scores around it."""
+    def _keep(self, count: int) -> float:
+        """Set the last bias so that the threshold is in the middle of the two scores around it; their distance."""
         found = self.decide(self.u, "reference")
         around = found.rho[0].double().sort(descending=True).values[count - 1 : count + 1]
         thetas = torch.stack([found.theta[0].double(), around.mean()])
         bias = torch.logit(thetas / self.config.pruning.threshold_scale).diff().float()
-        return self.weights._replace(last_bias=bias)
+        self.weights = self.weights._replace(last_bias=bias)
+        return float(around[0] - around[1])
 
     def decide(self, u: Tensor, backend: str) -> Decision:
         """The schedule operator with the model's settings."""
