@@ -22,9 +22,9 @@ from photon.ops.selection.op import select_rows
 NUM_BEFORE, NUM_QUESTION, NUM_OWN = 21, 60, 68
 """Text rows before the volume; question tokens; rows of the question and what follows it."""
 NUM_TEXT = NUM_BEFORE + 1 + NUM_OWN
+"""One row more ends the volume."""
 CLEAR_GAP = 2e-5
 """Least distance of the two scaled scores around the threshold; sums in another order differ by a tenth of it."""
-"""One row more ends the volume."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
