@@ -3,6 +3,9 @@
 It is built as the public implementation is: a matrix of scores for every head over keys repeated to all heads in
 float32; a batch axis; rows moved by adding all of them, the dropped ones times zero, into a buffer of zeros.
 
+That form matters on a CPU: without the batch axis and float32 on the way, PyTorch adds 7090 bfloat16 rows of 2048 in
+about 8 ms instead of 68, and compaction would be that much less ahead of it.
+
 Letters: Q question tokens, H query heads, G key heads, d head width, N visual tokens, L rows before pruning, R after.
 """
 
