@@ -1,6 +1,6 @@
 """Questions computed from real scans with segmentations, checked against other programs and used end to end.
 
-`python benchmarks/bench_real_questions.py --scans FOLDER` (or PHOTON_REALDATA). The folder holds two public sets:
+`python benchmarks/bench_real_questions.py --scans FOLDER` (or PHOTON_REAL_SCANS). The folder holds two public sets:
 
 * `theibsi+data_sets`: soft-tissue sarcoma, CT, T1 MR and PET of each patient with the tumour outlined by experts
   (github.com/theibsi/data_sets, ibsi_validation; CC BY 3.0; doi:10.7937/K9/TCIA.2015.7GO2GSKS);
@@ -76,11 +76,11 @@ ORGAN_SCANS = {
 def main() -> None:
     """Run and write `results/real_questions.json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--scans", type=Path, default=os.environ.get("PHOTON_REALDATA"))
+    parser.add_argument("--scans", type=Path, default=os.environ.get("PHOTON_REAL_SCANS"))
     parser.add_argument("--keep", type=Path, help="Folder for the data folders; by default they are thrown away.")
     arguments = parser.parse_args()
     if arguments.scans is None:
-        parser.error("give --scans or PHOTON_REALDATA")
+        parser.error("give --scans or PHOTON_REAL_SCANS")
     with tempfile.TemporaryDirectory() as folder:
         work = arguments.keep or Path(folder)
         work.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from photon.device import column
+
 ROWS = 8
 PIECE_BYTES = 512
 """A program moves this much of each of so many rows: wide rows are shared between programs."""
@@ -42,7 +44,7 @@ def compact(contexts: Sequence[Tensor], branches: Sequence[Tensor], rows: Tensor
     word = min(alignment, max(WORDS))
     with torch.cuda.device_of(rows):
         compact_kernel[(triton.cdiv(num_rows, ROWS), len(pieces) // 7)](
-            torch.tensor(pieces, pin_memory=rows.is_cuda).to(rows.device, non_blocking=True),
+            column(pieces, rows.device),
             rows.contiguous(),
             num_rows,
             contexts[0].shape[0],

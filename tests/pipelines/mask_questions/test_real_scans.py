@@ -1,4 +1,4 @@
-"""Questions about public scans, where a copy of them is there: PHOTON_REALDATA names its folder.
+"""Questions about public scans, where a copy of them is there: PHOTON_REAL_SCANS names its folder.
 
 The expected numbers were found otherwise: counted with nibabel and numpy, or written by the segmenting program.
 """
@@ -15,8 +15,8 @@ import pytest
 from pipelines.mask_questions.stage import make_questions
 from pipelines.questions import read_questions
 
-FOLDER = os.environ.get("PHOTON_REALDATA", "")
-pytestmark = pytest.mark.skipif(not Path(FOLDER).is_dir() or not FOLDER, reason="PHOTON_REALDATA names no folder")
+FOLDER = os.environ.get("PHOTON_REAL_SCANS", "")
+pytestmark = pytest.mark.skipif(not Path(FOLDER).is_dir() or not FOLDER, reason="PHOTON_REAL_SCANS names no folder")
 
 
 def test_organs_of_an_abdominal_ct(tmp_path: Path) -> None:

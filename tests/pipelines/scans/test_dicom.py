@@ -27,7 +27,7 @@ from pydicom.uid import (
 from pipelines.scans.dicom import list_series, read_series, series_sha256
 from pipelines.scans.scan import Scan
 
-REALDATA = Path(os.environ.get("PHOTON_REALDATA", "no such folder"))
+REAL_SCANS = Path(os.environ.get("PHOTON_REAL_SCANS", "no such folder"))
 OBLIQUE = (0.8, 0.6, 0.0, -0.48, 0.64, 0.6)
 CORONAL = (1.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 
@@ -332,7 +332,7 @@ def test_time_points_of_an_enhanced_file_are_scans(tmp_path: Path, dicom: Any) -
     assert firsts == {tuple(stored[index, 0].astype(int) - 1000 - index) for index in (0, 1)}
 
 
-@pytest.mark.skipif(not REALDATA.is_dir(), reason="PHOTON_REALDATA names no folder")
+@pytest.mark.skipif(not REAL_SCANS.is_dir(), reason="PHOTON_REAL_SCANS names no folder")
 def test_a_real_series_is_as_itk_reads_it() -> None:
-    scan = assert_as_itk(REALDATA / "wasserth+TotalSegmentator" / "derived" / "example_ct_dicom_stripped")
+    scan = assert_as_itk(REAL_SCANS / "wasserth+TotalSegmentator" / "derived" / "example_ct_dicom_stripped")
     assert scan.array.shape == (512, 512, 20) and scan.modality == "ct"

@@ -282,10 +282,10 @@ def test_zlib_must_end_where_the_file_ends(tmp_path: Path) -> None:
     assert refusal(meta(tmp_path / "a.mha", packed[:-4], CompressedData="True")).code == "SCAN_TRUNCATED"
 
 
-@pytest.mark.skipif("PHOTON_REALDATA" not in os.environ, reason="PHOTON_REALDATA names no folder of scans")
+@pytest.mark.skipif("PHOTON_REAL_SCANS" not in os.environ, reason="PHOTON_REAL_SCANS names no folder of scans")
 def test_real_scans_as_simpleitk_reads_them() -> None:
     num_read = 0
-    for path in sorted(Path(os.environ["PHOTON_REALDATA"]).rglob("*")):
+    for path in sorted(Path(os.environ["PHOTON_REAL_SCANS"]).rglob("*")):
         if path.is_file() and scan_ending(path) in FORMAT_OF_ENDING:
             try:
                 read_scan(path)
