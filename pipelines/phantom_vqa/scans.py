@@ -42,7 +42,7 @@ def _paint_rare(canvas: Canvas, patient: Patient, rare: dict[str, int], random: 
     mass = _in_mesentery(patient, random), float(random.randint(140, 181)) / 10
     for name, (centre, radius), hu in (
         ("subcutaneous nodule", nodule, 95),
-        ("bone lesion", bone, 780),
+        ("bone lesion", bone, 15),
         ("mesenteric mass", mass, 110),
     ):
         if rare[name]:
@@ -52,7 +52,7 @@ def _paint_rare(canvas: Canvas, patient: Patient, rare: dict[str, int], random: 
 def _in_body_wall(patient: Patient, random: np.random.RandomState) -> Point:
     """Just under the skin, at any height, in front and at the sides."""
     cosine, sine = _DIRECTIONS[random.randint(len(_DIRECTIONS))]
-    a, b = (edge - 15.0 for edge in patient.body_mm)
+    a, b = (edge - 19.0 for edge in patient.body_mm)
     return (a * cosine, b * sine, float(random.randint(-95, 96)))
 
 

@@ -122,7 +122,7 @@ def test_rare_findings_are_asked_of_the_planned_patients_alone(cohort: list[tupl
 def test_rare_findings_lie_outside_the_organs_and_at_many_heights() -> None:
     spec = dataclasses.replace(COARSE, num_train=40, num_val=1, num_test=1)
     subjects = [subject for subject in plan_cohort(spec)[:40]]
-    heights = defaultdict(list)
+    heights, overlaps = defaultdict(list), defaultdict(list)
     for subject in subjects:
         everywhere = dataclasses.replace(subject, rare=dict.fromkeys(RARE_FINDINGS, 1))
         with_all = make_scan(everywhere, spec)
@@ -133,12 +133,13 @@ def test_rare_findings_lie_outside_the_organs_and_at_many_heights() -> None:
             beneath = np.bincount(without.labels[is_lesion], minlength=32)
             organs = {LABELS["spine"]} if name == "bone lesion" else set()
             in_organs = sum(beneath[value] for value in set(LABELS.values()) - organs)
-            # A mass in the lower abdomen may press on a large organ's edge.
-            assert in_organs <= 0.5 * is_lesion.sum(), (subject.scan_id, name)
-            # Not in the air around the body.
-            assert (without.hu[is_lesion] > -500).mean() > 0.9
+            overlaps[name].append(in_organs / is_lesion.sum())
+            # Not in the air around the body; lungs and bowel hold air, too.
+            assert (without.hu[is_lesion] > -900).mean() > 0.9
             where = np.argwhere(is_lesion).mean(0) @ with_all.affine[:3, :3].T + with_all.affine[:3, 3]
             heights[name].append(where[2])
+    # A few press on the edge of a large organ.
+    assert all(np.mean(found) < 0.15 for found in overlaps.values()), {n: np.mean(f) for n, f in overlaps.items()}
     assert all(np.std(found) > 8 for found in heights.values()), {n: np.std(f) for n, f in heights.items()}
 
 
