@@ -86,10 +86,11 @@ def generate(
 
     from pipelines.phantom_vqa import stage as phantom_vqa
     from pipelines.phantom_vqa.cohort import PHANTOM_VQA_SPECS, PhantomVqaSpec
-    from pipelines.phantoms import PHANTOM_SPECS
+    from pipelines.phantoms import PHANTOM_SPECS, PhantomSpec
     from pipelines.phantoms import generate as make_phantoms
 
-    spec = dataclasses.replace(choose({**PHANTOM_SPECS, **PHANTOM_VQA_SPECS}, preset), seed=seed)
+    specs: dict[str, PhantomSpec | PhantomVqaSpec] = {**PHANTOM_SPECS, **PHANTOM_VQA_SPECS}
+    spec = dataclasses.replace(choose(specs, preset), seed=seed)
     with show_progress("generate") as on_progress:
         if isinstance(spec, PhantomVqaSpec):
             record = phantom_vqa.generate(spec, output, on_progress)
