@@ -51,9 +51,9 @@ class Schedule:
         """The same numbers, with a gradient from p to the scores ``u`` [S, N] that they were made of.
 
         It is the derivative of ``p = sigmoid((rho - theta) / temperature)`` at a fixed theta, through the whole of
-        ``rho = (u - min) / (max - min)``: minimum and maximum are not detached, as their tokens' p stay 0 and 1 in rho
-        however their scores move, and the others' change with them. The threshold network keeps its own gradient, and
-        none reaches the scores through what it reads of them.
+        ``rho = (u - min) / (max - min)``. Minimum and maximum are not detached: their own rho stays 0 and 1 however
+        they move, and everybody else's moves with them. The threshold network keeps its own gradient, and none reaches
+        the scores through what it reads of them.
         """
         usable = self.valid & (u.detach().abs() < LARGEST_SCORE)
         counted = usable | ~usable.any(-1, keepdim=True)
