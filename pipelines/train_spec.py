@@ -5,18 +5,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any, Self
 
 from photon.errors import PhotonError
 from photon.training.loop import OptimiserConfig, Precision
 from photon.training.pretrain import NamingConfig
-from photon.training.stages import StageSchedule
+from photon.training.stages import StageSchedule, WarmUpSwitch
 from pipelines.dataset import Draw
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSpec:
-    """Everything that decides a training run, the data aside."""
+    """Everything that decides a training run, the data aside.
+
+    Raises:
+        PhotonError: ``TRAINING_INVALID`` when a setting is out of its range or contradicts another.
+    """
 
     seed: int = 0
     schedule: StageSchedule
@@ -32,6 +37,30 @@ class TrainSpec:
     naming_scans_per_step: int = 8
     validate_every: int = 50
     save_every: int = 50
+    pruning: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings of :class:`photon.config.PruningConfig` that are to be other than the start's."""
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings of the model from scratch that are to be other than the tiny preset's, see
+    :func:`pipelines.start.start_from_scratch`."""
+    freeze_vision: bool = False
+    """Whether the vision tower learns nothing but its pretraining on label maps. Scans are then encoded once and do
+    not move (``max_shift`` holds for the pretraining alone)."""
+    switch: WarmUpSwitch | None = None
+    """What ends the warm-up before the schedule does; None: nothing."""
+    accumulate: int = 1
+    """Micro-batches that a step's scans are dealt to, one after another; the gradient is that of all together."""
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1:
+            fact = f"a step of {self.accumulate} micro-batches does nothing."
+            raise PhotonError("TRAINING_INVALID", "accumulate", fact, "Give a whole number from 1.")
+        if self.freeze_vision and self.schedule.alignment:
+            fact = (
+                f"in {self.schedule.alignment} steps of alignment only the vision tower would learn, and it is frozen."
+            )
+            raise PhotonError(
+                "TRAINING_INVALID", "alignment", fact, "Plan no alignment, or let the vision tower learn."
+            )
 
     @classmethod
     def preset(
@@ -77,7 +106,18 @@ class TrainSpec:
 
     def digest(self) -> str:
         """Twelve hex digits that name these settings."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        # Runs from before these settings existed stay what they were.
+        later = {name: getattr(self, name) for name in _LATER}
+        content = {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in later or later[name] != _LATER[name]
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+_LATER: dict[str, Any] = {"pruning": {}, "model": {}, "freeze_vision": False, "switch": None, "accumulate": 1}
+"""Settings that count in :meth:`TrainSpec.digest` only where they are not as ever, with their defaults."""
 
 
 _OPTIMISER = OptimiserConfig(

@@ -207,10 +207,8 @@ def test_divergence_leaves_the_last_state_usable(tmp_path: Path) -> None:
 
 def test_a_gradient_that_overflows_is_divergence_too(tmp_path: Path) -> None:
     """The loss is still finite, the weights after the step would not be: they must not be saved."""
-    trainer = new_trainer()
+    trainer = new_trainer(schedule=dataclasses.replace(SCHEDULE, alignment=0))
     trainer.model.model.norm.weight.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
-    schedule = dataclasses.replace(SCHEDULE, alignment=0)
-    trainer.schedule = schedule
     with pytest.raises(PhotonError, match="gradient") as caught:
         trainer.run(batch_at, on_step=lambda report: None, save_to=tmp_path / "state", save_every=1)
     assert caught.value.code == "TRAINING_DIVERGED"
