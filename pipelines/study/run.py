@@ -14,20 +14,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from photon.device import choose_device
+from photon.training.loop import Precision
 from pipelines.results import Record
 from pipelines.stages import Job, OnProgress, content_digest, open_job
 from pipelines.study import work
 from pipelines.study.processes import Launch, launch_in_process
 from pipelines.study.records import RunRecord, VisionRecord, WarmUpRecord
-from pipelines.study.schedule import Part, SharedProgress, run_parts
+from pipelines.study.schedule import WHOLE, Part, SharedProgress, Span, run_parts
 from pipelines.study.spec import StudySpec
+from pipelines.study.starts import write_with_threshold_bias
 from pipelines.study.variants import Variant
 from pipelines.tracking import Tracker, open_store
+from pipelines.train_spec import TrainSpec
 from pipelines.versioning import folder_version
+from pipelines.workers import default_num_workers
 
 ANSWERS = "answers.parquet"
 log = logging.getLogger("photon.study")
@@ -80,9 +85,47 @@ def run_study(
         with job.open_stage("analysis") as tracker:
             target = write_study(spec, study.data, study.output, records, data_version=version)
             tracker.log_artifact(target)
-            tracker.log_artifact(target.with_suffix(".html"))
         job.parent.log_summary(_headline(records))
         return target
+
+
+def run_preset(
+    preset: str,
+    data: Path,
+    output: Path,
+    *,
+    seeds: Sequence[int] | None = None,
+    variants: Collection[str] | None = None,
+    keep_ratio: float | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+    precision: Precision = "float32",
+    is_fresh: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Path:
+    """:func:`run_study` of a preset, with as many processes and threads as fit this machine.
+
+    Args:
+        seeds, variants, keep_ratio, precision: as :meth:`StudySpec.preset` has them.
+        workers: parts that run at a time; default two on a CPU with two cores, one on a GPU.
+        device: "cpu", "cuda" or "auto".
+
+    Raises:
+        PhotonError: as :func:`run_study`; ``PRESET_UNKNOWN``, ``VARIANT_UNKNOWN``.
+    """
+    spec = StudySpec.preset(preset, seeds=seeds, variants=variants, keep_ratio=keep_ratio, precision=precision)
+    place, cores = choose_device(device).type, default_num_workers()
+    num_workers = workers or (min(2, cores) if place == "cpu" else 1)
+    return run_study(
+        spec,
+        data,
+        output,
+        workers=num_workers,
+        threads=max(1, cores // num_workers),
+        device=place,
+        on_progress=on_progress,
+        is_fresh=is_fresh,
+    )
 
 
 class _Study:
@@ -129,6 +172,7 @@ class _Study:
         def make(tracker: Tracker) -> VisionRecord:
             found = self._compute(
                 name,
+                WHOLE,
                 work.make_vision_start,
                 {"spec": spec, "data": self.data, "folder": folder, "seed": seed, "device": self.device},
                 tracker,
@@ -149,8 +193,9 @@ class _Study:
         training, answers = self.spec.warm_up(seed), folder / "blind.parquet"
 
         def make(tracker: Tracker) -> WarmUpRecord:
-            trained = self._train(name, training, folder, start, tracker, train_blind=True)
-            blind = self._answer(name, Path(trained["blind_checkpoint"]), answers, "blind", seed, (), tracker, False)
+            trained = self._train(name, (0.0, 0.95), training, folder, start, tracker, train_blind=True)
+            checkpoint = Path(trained["blind_checkpoint"])
+            blind = self._answer(name, checkpoint, answers, "blind", seed, (), tracker, has_volume=False)
             rows = work.read_history(Path(trained["history"]))
             validated = [row["validation_accuracy"] for row in rows if "validation_accuracy" in row]
             return WarmUpRecord(
@@ -180,14 +225,17 @@ class _Study:
         before, training = self.spec.own_warm_up(variant, seed, num_steps), self.spec.training(variant, seed)
 
         def make(tracker: Tracker) -> RunRecord:
-            begin = start
+            begin, middle = start, 0.0
             if variant.has_own_warm_up:
-                own = self._train(name, before, folder / "warm-up", begin, tracker, share=num_steps)
+                middle = 0.6
+                own = self._train(name, (0.0, middle), before, folder / "warm-up", begin, tracker)
                 begin = Path(own["checkpoint"])
-            trained = self._train(name, training, folder / "train", begin, tracker)
-            said = self._answer(
-                name, Path(trained["checkpoint"]), folder / ANSWERS, variant.name, seed, variant.conditions, tracker
-            )
+            if "threshold_bias_init" in variant.pruning:
+                bias = float(variant.pruning["threshold_bias_init"])
+                begin = write_with_threshold_bias(begin, folder / "start", bias)
+            trained = self._train(name, (middle, 0.9), training, folder / "train", begin, tracker)
+            checkpoint = Path(trained["checkpoint"])
+            said = self._answer(name, checkpoint, folder / ANSWERS, variant.name, seed, variant.conditions, tracker)
             names = {field.name for field in dataclasses.fields(RunRecord)}
             found = {key: value for key, value in (trained | said).items() if key in names}
             record = RunRecord(
@@ -230,7 +278,15 @@ class _Study:
         return record
 
     def _train(
-        self, name: str, training: Any, output: Path, start: Path, tracker: Tracker, *, train_blind: bool = False, share: int = 0
+        self,
+        name: str,
+        span: Span,
+        training: TrainSpec,
+        output: Path,
+        start: Path,
+        tracker: Tracker,
+        *,
+        train_blind: bool = False,
     ) -> dict[str, Any]:
         arguments = {
             "training": training,
@@ -241,7 +297,7 @@ class _Study:
             "train_blind": train_blind,
             "device": self.device,
         }
-        return self._compute(name, work.train_model, arguments, tracker)
+        return self._compute(name, span, work.train_model, arguments, tracker)
 
     def _answer(
         self,
@@ -252,6 +308,7 @@ class _Study:
         seed: int,
         conditions: tuple[str, ...],
         tracker: Tracker,
+        *,
         has_volume: bool = True,
     ) -> dict[str, Any]:
         arguments = {
@@ -266,11 +323,14 @@ class _Study:
             "max_scans": self.spec.max_scans,
             "device": self.device,
         }
-        return self._compute(name, work.answer_questions, arguments, tracker)
+        return self._compute(name, (0.95, 1.0), work.answer_questions, arguments, tracker)
 
-    def _compute(self, name: str, function: Any, arguments: dict[str, Any], tracker: Tracker) -> dict[str, Any]:
+    def _compute(
+        self, name: str, span: Span, function: Any, arguments: dict[str, Any], tracker: Tracker
+    ) -> dict[str, Any]:
+        on_progress = self.progress.of(name, span)
         found: dict[str, Any] = self.launch(
-            function, arguments, tracker=tracker, on_progress=self.progress.of(name), threads=self.threads
+            function, arguments, tracker=tracker, on_progress=on_progress, threads=self.threads
         )
         return found
 

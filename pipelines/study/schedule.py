@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 OnProgress = Callable[[int, int, str], None]
+Span = tuple[float, float]
+WHOLE: Span = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,10 @@ class SharedProgress:
         self._done = dict.fromkeys(units, 0.0)
         self._lock = threading.Lock()
 
-    def of(self, name: str) -> OnProgress:
-        """The callback of a part: of its present piece so much is done; pieces after it begin where it stood."""
-        start = self._done.get(name, 0.0)
-        return lambda done, total, label="": self._note(name, max(start, done / max(total, 1) * 0.98), label)
+    def of(self, name: str, span: Span = WHOLE) -> OnProgress:
+        """The callback of one piece of a part, which takes it from the first share of ``span`` to the second."""
+        start, end = span
+        return lambda done, total, label="": self._note(name, start + (end - start) * done / max(total, 1), label)
 
     def finish(self, name: str) -> None:
         """A part is over, or was over before."""

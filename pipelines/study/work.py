@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from pipelines.dataset import Draw
 from pipelines.study.answer_table import TRAINED
 from pipelines.study.answering import answer_split
@@ -110,9 +112,9 @@ def answer_questions(
     )
     own = table.filter(condition=TRAINED)
     scans = own.unique("scan_id")
-    by_family = own.group_by("family").mean().select("family", "score")
+    by_family = own.group_by("family").agg(pl.col("score").mean())
     tracker.log_summary({f"accuracy/{family}".replace(" ", "_"): score for family, score in by_family.iter_rows()})
-    others = table.filter(table["condition"] != TRAINED).group_by("condition").mean().select("condition", "score")
+    others = table.filter(pl.col("condition") != TRAINED).group_by("condition").agg(pl.col("score").mean())
     tracker.log_summary({f"what_if/{name}".replace(" ", "_"): score for name, score in others.iter_rows()})
     return {
         "accuracy": _mean(own["score"].to_list()),
