@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from pipelines.baselines import MajorityAnswerer
-from pipelines.files import write_json
+from pipelines.files import write_json, write_text
 from pipelines.metrics import score_answer
+from pipelines.page import join, page, tag
 from pipelines.provenance import code_version, environment_tags
 from pipelines.questions import read_questions
+from pipelines.report_pictures import question_gallery
 from pipelines.results import Record
+from pipelines.study import sections
 from pipelines.study.analysis import BASELINES, analyse
 from pipelines.study.answer_table import STUDY_SCHEMA, TRAINED, read_study_answers
 from pipelines.study.records import RunRecord, WarmUpRecord
 from pipelines.study.spec import StudySpec
+from pipelines.study.work import read_history
 
 RESULT = "study.json"
 
@@ -30,7 +35,9 @@ def write_study(
     Raises:
         PhotonError: what reading tables, questions or volumes raises.
     """
+    order = [variant.name for variant in spec.variants]
     runs = [record for record in records.values() if isinstance(record, RunRecord)]
+    runs.sort(key=lambda run: (order.index(run.variant), run.seed))
     warm_ups = [record for record in records.values() if isinstance(record, WarmUpRecord)]
     tables = [Path(record.answers) for record in [*runs, *warm_ups]]
     answers = read_study_answers(*tables)
@@ -54,7 +61,45 @@ def write_study(
     }
     target = output / RESULT
     write_json(target, content)
+    write_text(target.with_suffix(".html"), _page(content, answers, _histories(runs, warm_ups), data))
     return target
+
+
+def _page(
+    content: Mapping[str, Any], answers: pl.DataFrame, histories: Mapping[str, list[sections.History]], data: Path
+) -> str:
+    own = answers.filter(variant=content["main"], seed=content["questions"]["seeds"][0], condition=TRAINED)
+    # The gallery knows the table of an evaluation, where the policy that prunes is called so.
+    pictures = question_gallery(own.filter(pl.col("kept").is_not_null()).with_columns(policy=pl.lit("photon")), data)
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    subtitle = f"Ways of choosing visual tokens, trained side by side. Data version {content['data_version'][:12]}, {made}."
+    header = join(tag("h1", f"Photon study “{content['study']}”"), tag("p", subtitle, class_="soft"))
+    body = [
+        ("In short", sections.headline(content)),
+        ("Policies", sections.policies(content)),
+        ("Where it looks", sections.looking(content)),
+        ("What if it looked elsewhere", sections.what_if(content)),
+        ("The same scan, several questions", pictures),
+        ("Tokens by question", sections.amounts(content, answers)),
+        ("Findings", sections.findings(content)),
+        ("Training and cost", sections.training(content, histories)),
+        ("Provenance", sections.provenance(content)),
+    ]
+    footer = tag("span", "For research. Not a medical device; not for use in diagnosis or treatment.")
+    return page(f"Photon study {content['study']}", header, body, footer)
+
+
+def _histories(runs: Sequence[RunRecord], warm_ups: Sequence[WarmUpRecord]) -> dict[str, list[sections.History]]:
+    """Every variant's steps counted through from its warm-up's first."""
+    found: dict[str, list[sections.History]] = {}
+    for record in warm_ups:
+        found.setdefault("warm-up", []).append(read_history(Path(record.history)))
+    for run in runs:
+        before = Path(run.history).parents[1] / "warm-up" / "history.jsonl"
+        first = read_history(before) if before.exists() else []
+        later = [{**row, "step": row["step"] + run.num_warm_up_steps} for row in read_history(Path(run.history))]
+        found.setdefault(run.variant, []).append([*first, *later])
+    return found
 
 
 def table_of(content: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -85,6 +85,7 @@ def run_study(
         with job.open_stage("analysis") as tracker:
             target = write_study(spec, study.data, study.output, records, data_version=version)
             tracker.log_artifact(target)
+            tracker.log_artifact(target.with_suffix(".html"))
         job.parent.log_summary(_headline(records))
         return target
 
