@@ -16,6 +16,9 @@ from typing import Any
 from photon.errors import PhotonError
 
 SGP_RULES = ("paper", "taylor")
+POLICIES = ("photon", "all", "slices", "pooled", "fixed", "fixed-blind")
+"""Who decides which visual tokens a question gets; see :attr:`PruningConfig.policy`."""
+_RANKED = ("fixed", "fixed-blind")
 _QWEN_IMAGE_CHANNELS = 3
 _PHOTON_PATCH = {"in_chans": 1, "temporal_patch_size": 14}
 
@@ -46,9 +49,14 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "a number from 0": (
         lambda value: _is_number(value) and value >= 0,
-        "initializer_range vision.tokens_per_second pruning.seconds_per_grid",
+        "initializer_range vision.tokens_per_second pruning.seconds_per_grid pruning.band_weight",
     ),
     "a finite number": (_is_number, "vision.intensity_mean pruning.threshold_bias_init"),
+    "a number above 0 and at most 1": (
+        lambda value: _is_number(value) and 0 < value <= 1,
+        "pruning.keep_ratio",
+    ),
+    "true or false": (lambda value: isinstance(value, bool), "pruning.saliency_gradient"),
     "None or a voxel value from 0 to below 1": (
         lambda value: value is None or (_is_number(value) and 0 <= value < 1),
         "vision.empty_below",
@@ -121,6 +129,27 @@ class PruningConfig:
     """Mean keep probabilities outside this band are penalised linearly."""
     seconds_per_grid: float = 14.0
     """Depth positions advance by tokens_per_second * seconds_per_grid."""
+    policy: str = "photon"
+    """Which tokens a question gets: "photon": those above the threshold that the question sets. "all": every token, in
+    every training stage and in inference. "fixed": the share ``keep_ratio`` with the highest instruction saliency.
+    "fixed-blind": the same share by a saliency for which the scan's own tokens ask instead of the question. "slices":
+    those of evenly spaced depth slabs. "pooled": means over blocks of neighbouring tokens."""
+    keep_ratio: float = 0.35
+    """Share of the visual tokens that "fixed" and "fixed-blind" keep and that "slices" and "pooled" come near to."""
+    band_weight: float = 1.0
+    """Weight of the keep band's penalty in the loss."""
+    saliency_gradient: bool = False
+    """Whether the gradient of p also reaches the saliency, and through it queries and keys of the pruning layer."""
+
+    @property
+    def prunes(self) -> bool:
+        """Whether rows are dropped after the pruning layer; otherwise every token that enters stays."""
+        return self.policy == "photon" or self.is_ranked
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether a share of the tokens stays, by rank, instead of those above a threshold."""
+        return self.policy in _RANKED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,6 +198,10 @@ class PhotonConfig:
             refuse(f"pruning layer {self.pruning.layer} is not one of {self.num_hidden_layers} layers.")
         if self.pruning.sgp_rule not in SGP_RULES:
             refuse(f"sgp_rule {self.pruning.sgp_rule!r} is not one of {SGP_RULES}.")
+        if self.pruning.policy not in POLICIES:
+            refuse(f"policy {self.pruning.policy!r} is not one of {POLICIES}.")
+        if self.pruning.saliency_gradient and self.pruning.policy != "photon":
+            refuse(f"saliency_gradient is on, and the policy {self.pruning.policy} has no keep probabilities.")
 
     @property
     def head_dim(self) -> int:
@@ -277,6 +310,8 @@ class PhotonConfig:
         vision["fullatt_block_indexes"] = list(vision["fullatt_block_indexes"])
         pruning = content.pop("pruning")
         pruning["keep_band"] = list(pruning["keep_band"])
+        # Files and digests from before these settings existed stay what they were.
+        pruning = {name: value for name, value in pruning.items() if _LATER.get(name, ()) != value}
         section = list(content.pop("mrope_section"))
         return {
             **content,
@@ -286,6 +321,14 @@ class PhotonConfig:
             "vision_config": {**vision, "hidden_act": "silu"},
             "photon": pruning,
         }
+
+
+_LATER = {
+    field.name: field.default
+    for field in dataclasses.fields(PruningConfig)
+    if field.name in ("policy", "keep_ratio", "band_weight", "saliency_gradient")
+}
+"""Pruning settings that are written only where they are not as ever, with their defaults."""
 
 
 def _refuse_other_networks(flat: Mapping[str, Any], vision: Mapping[str, Any], rope: Mapping[str, Any]) -> None:

@@ -68,22 +68,31 @@ def encode_scan(model: Photon, context: Context) -> EncodedScan:
 
 @torch.no_grad()
 def ask(
-    model: Photon, scan: EncodedScan, branches: Sequence[Tensor], *, keep_all: bool = False, room: int = 0
+    model: Photon,
+    scan: EncodedScan,
+    branches: Sequence[Tensor],
+    *,
+    keep_all: bool = False,
+    keep: Tensor | None = None,
+    room: int = 0,
 ) -> Prompted:
     """Read questions about an encoded scan, up to where their answers begin.
 
     Args:
         branches: int64 [L] token ids of each question, at least one question.
-        keep_all: use every visual token instead of the scheduled ones.
+        keep_all: use every visual token instead of those that the configured policy chooses.
+        keep: bool [B, N] which of the scan's present tokens each question gets, counted through its volumes, instead of
+            that choice: tokens removed, swapped between questions, or drawn at random. A question may get none.
         room: answer tokens to leave room for; more can be decoded at the price of a copy of the cache.
 
     Raises:
-        PhotonError: ``PROMPT_INVALID`` when there is no question, or one without tokens.
+        PhotonError: ``PROMPT_INVALID`` when there is no question, one without tokens, or keep flags of another type or
+            number; ``GENERATION_INVALID`` for keep flags and `keep_all` together.
     """
     if not branches:
         raise PhotonError("PROMPT_INVALID", "prompt", "there is no question.", "Ask at least one.")
     batch = pack_batch([scan.context], [Branch(0, ids) for ids in branches], model.config).to(_device(model))
-    return _read(model, batch, scan.state, keep_all=keep_all, room=room)
+    return _read(model, batch, scan.state, keep_all=keep_all, keep=keep, room=room)
 
 
 @torch.no_grad()
@@ -174,8 +183,11 @@ def last_rows(batch: PackedBatch, output: Output) -> Tensor:
     return output.branch_rows[_ends(batch)]
 
 
-def _read(model: Photon, batch: PackedBatch, state: EncodedRows, *, keep_all: bool, room: int) -> Prompted:
-    output = model.run_branches(batch, state, "full" if keep_all else "hard", with_layers=True)
+def _read(
+    model: Photon, batch: PackedBatch, state: EncodedRows, *, keep_all: bool, keep: Tensor | None = None, room: int
+) -> Prompted:
+    keep = None if keep is None else keep.to(_device(model))
+    output = model.run_branches(batch, state, "full" if keep_all else "hard", keep=keep, with_layers=True)
     assert output.layers is not None and output.layer_lengths is not None
     return Prompted(
         logits=model.logits(output.hidden[last_rows(batch, output)]),

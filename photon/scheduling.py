@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from photon.config import PruningConfig
 from photon.ops.backend import Backend
 from photon.ops.schedule.op import schedule
-from photon.ops.schedule.reference import DESCRIPTOR_SIZE, ThresholdWeights
+from photon.ops.schedule.reference import DESCRIPTOR_SIZE, ThresholdWeights, rank
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Schedule:
     Attributes:
         u: float32 [S, N] raw scores.
         rho: float32 [S, N] scores scaled to [0, 1] within the volume.
-        theta: float32 [S] thresholds, with gradient to the threshold network.
-        p: float32 [S, N] keep probabilities, with gradient to theta.
+        theta: float32 [S] thresholds, with gradient to the threshold network; where none decides, the lowest rho kept.
+        p: float32 [S, N] keep probabilities, with gradient to theta; where no threshold decides, 1 or 0.
         keep: bool [S, N] tokens kept.
         valid: bool [S, N] entries that are tokens.
         branch: int64 [S] branch of each row, ascending.
@@ -46,6 +46,28 @@ class Schedule:
         """Visual tokens that a branch keeps, counted through all volumes of its prompt: int64, ascending."""
         rows = self.branch == branch
         return self.keep[rows][self.valid[rows]].nonzero().flatten()
+
+
+def kept_counts(lengths: Tensor, config: PruningConfig) -> Tensor:
+    """Visual tokens that stay of volumes of ``lengths`` int64 [S] tokens where no threshold decides: int64 [S].
+
+    A share ``keep_ratio``, rounded up, and at least ``min_tokens`` of a ranked policy; all of the others.
+    """
+    if not config.is_ranked:
+        return lengths
+    # 0.07 * 100 is a little more than 7, and must not become 8.
+    share = (lengths.double() * config.keep_ratio - 1e-9).ceil().long()
+    return torch.minimum(share.clamp_min(config.min_tokens), lengths)
+
+
+def ranked(u: Tensor, lengths: Tensor, branch: Tensor, config: PruningConfig) -> Schedule:
+    """The decision of every policy that sets no threshold, see :func:`photon.ops.schedule.reference.rank`.
+
+    Args:
+        u, lengths, branch: as in :meth:`ThresholdPredictor.forward`, N >= 1.
+    """
+    valid = torch.arange(u.shape[1], device=u.device) < lengths[:, None]
+    return Schedule(**rank(u, valid, kept_counts(lengths, config))._asdict(), valid=valid, branch=branch)
 
 
 class ThresholdPredictor(nn.Module):

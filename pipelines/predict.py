@@ -38,7 +38,11 @@ Said = tuple[str, float]
 
 
 class TorchAnswerer:
-    """Answers with a checkpoint: pruned ("photon"), with every token ("all_tokens") or without a scan ("blind")."""
+    """Answers with a checkpoint: pruned ("photon"), with every token ("all_tokens") or without a scan ("blind").
+
+    "photon" prunes by the policy of the checkpoint's configuration, whichever that is. "all_tokens" uses every token
+    that enters the decoder: of a checkpoint with the policy "slices" or "pooled" these are fewer than the grid has.
+    """
 
     def __init__(
         self,

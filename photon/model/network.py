@@ -14,11 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from photon.config import PhotonConfig
+from photon.errors import PhotonError
 from photon.model.attention import Attention, RaggedAttention, starts_of
 from photon.model.decoder import Decoder, KeyValue, QueryKeyValue, SelfAttention
 from photon.model.layers import Rotary, maybe_checkpoint
 from photon.model.packing import PackedBatch
-from photon.model.pruning import EncodedRows, Mode, decide, kept_tokens, take_layers, take_rows
+from photon.model.pruning import (
+    EncodedRows,
+    Mode,
+    blind_scores,
+    decide,
+    effective_mode,
+    forced,
+    kept_tokens,
+    take_layers,
+    take_rows,
+)
 from photon.model.vision import VisionTower
 from photon.ops.backend import Backend
 from photon.ops.selection.op import Selection, select_rows
@@ -36,7 +47,7 @@ class Output:
     Attributes:
         hidden: [R, D] rows before the final norm. Without pruning (`mode="full"`) these are the branch rows.
         branch_rows: int64 [Tb] row of `hidden` that holds each branch token.
-        schedule: the pruning decision; None when there is no visual token.
+        schedule: the pruning decision, with keep flags that were forced upon it; None when there is no visual token.
         selection: rows after pruning; None when contexts stayed shared.
         layers: each layer's keys and values, all rows a branch sees, branch after branch; None unless asked.
         layer_lengths: rows of each branch in `layers`; None unless asked.
@@ -125,6 +136,7 @@ class Photon(nn.Module):
         *,
         flip: Tensor | None = None,
         detach: Tensor | None = None,
+        keep: Tensor | None = None,
         with_layers: bool = False,
     ) -> Output:
         """Encode the contexts of a batch and run its branches.
@@ -132,15 +144,21 @@ class Photon(nn.Module):
         Args:
             batch: contexts and branches.
             mode: "full" keeps every token; "soft" scales visual rows by their keep probability; "hard" removes
-                dropped rows, with surrogate gradients.
+                dropped rows, with surrogate gradients. A policy may know fewer of these, see
+                :func:`photon.model.pruning.effective_mode`.
             flip: bool [B] branches whose keep mask is inverted (the flip objective), "hard" only.
             detach: bool [B] branches whose loss must not reach the keep probabilities.
+            keep: bool [B, N] visual tokens that go on whatever the policy says, "hard" only; see
+                :func:`photon.model.pruning.forced`.
             with_layers: also return every layer's keys and values of the rows that stay, for generation.
+
+        Raises:
+            PhotonError: ``PROMPT_INVALID`` when the keep flags do not fit the batch, ``GENERATION_INVALID`` when there
+                are some and the mode is not "hard".
         """
-        last = self.config.num_hidden_layers if mode == "full" else self.config.pruning.layer + 1
-        return self.run_branches(
-            batch, self.encode_contexts(batch, last), mode, flip=flip, detach=detach, with_layers=with_layers
-        )
+        is_full = keep is None and effective_mode(mode, self.config.pruning) == "full"
+        state = self.encode_contexts(batch, self.config.num_hidden_layers if is_full else self.config.pruning.layer + 1)
+        return self.run_branches(batch, state, mode, flip=flip, detach=detach, keep=keep, with_layers=with_layers)
 
     def encode_contexts(self, batch: PackedBatch, num_layers: int) -> EncodedRows:
         """Vision tower and the first ``num_layers`` decoder layers over the contexts."""
@@ -154,11 +172,13 @@ class Photon(nn.Module):
         """Decoder layers from ``first`` to below ``num_layers`` over context rows [Tc, D]."""
         attend = RaggedAttention.build(batch.context_lengths, device=x.device, is_causal=True)
         table = self.model.rotary(batch.context_positions)
-        layers = []
-        for layer in self.model.layers[first:num_layers]:
+        layers, own_scores = [], None
+        for number, layer in enumerate(self.model.layers[first:num_layers], first):
             x, state = self._run(layer, x, table, attend)
             layers.append(state.kept)
-        return EncodedRows(x, table, tuple(layers))
+            if number == self.config.pruning.layer and self.config.pruning.policy == "fixed-blind":
+                own_scores = blind_scores(state, batch.layout)
+        return EncodedRows(x, table, tuple(layers), own_scores)
 
     def run_branches(
         self,
@@ -168,9 +188,15 @@ class Photon(nn.Module):
         *,
         flip: Tensor | None = None,
         detach: Tensor | None = None,
+        keep: Tensor | None = None,
         with_layers: bool = False,
     ) -> Output:
         """Run the branches of a batch against contexts encoded as far as the pruning layer; see :meth:`forward`."""
+        if keep is None:
+            mode = effective_mode(mode, self.config.pruning)
+        elif mode != "hard":
+            fact = f"keep flags and the mode {mode} contradict each other."
+            raise PhotonError("GENERATION_INVALID", "keep flags", fact, "Choose one of them.")
         attend = _attention_of_branches(batch)
         table = self.model.rotary(batch.branch_positions)
         x = self.model.embed_tokens(batch.branch_ids)
@@ -181,7 +207,16 @@ class Photon(nn.Module):
             if with_layers:
                 own.append(state.kept)
         at_pruning = (x, state)
-        decision = decide(state, context.layers[split - 1], batch.layout, self.model.predictor, backend=self.backend)
+        decision = decide(
+            state,
+            context.layers[split - 1],
+            batch.layout,
+            self.model.predictor,
+            blind=context.own_scores,
+            backend=self.backend,
+        )
+        if keep is not None:
+            decision = forced(decision, keep, batch.layout)
 
         if mode == "full":
             context = self._finished(context, batch)
@@ -231,7 +266,7 @@ class Photon(nn.Module):
         if num_done == num_layers:
             return context
         rest = self.run_contexts(context.hidden, batch, num_layers, first=num_done)
-        return replace(rest, layers=(*context.layers, *rest.layers))
+        return replace(rest, layers=(*context.layers, *rest.layers), own_scores=context.own_scores)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and vocabulary projection of rows [R, D]; call it on the rows that need it only."""

@@ -6,49 +6,126 @@ Nothing here waits for a GPU but :func:`photon.ops.selection.op.select_rows`, on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from photon.config import PruningConfig
+from photon.errors import PhotonError
 from photon.model.decoder import KeyValue, QueryKeyValue
 from photon.model.layers import Rotary
 from photon.ops.backend import Backend
 from photon.ops.compaction.op import compact
 from photon.ops.layout import Layout
 from photon.ops.saliency.op import saliency
+from photon.ops.saliency.reference import own_scores
 from photon.ops.selection.op import Selection
 from photon.ops.surrogate.op import pack
-from photon.scheduling import Schedule, ThresholdPredictor
+from photon.scheduling import Schedule, ThresholdPredictor, ranked
 
 Mode = Literal["full", "soft", "hard"]
 
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """Rows [T, D] as far as the decoder has run them, their rotary table, keys and values of the layers run."""
+    """Rows [T, D] as far as the decoder has run them, their rotary table, keys and values of the layers run.
+
+    Attributes:
+        own_scores: float32 [T] scores by :func:`blind_scores`; None unless the policy is "fixed-blind".
+    """
 
     hidden: Tensor
     table: Rotary
     layers: tuple[KeyValue, ...]
+    own_scores: Tensor | None = None
+
+
+def effective_mode(mode: Mode, config: PruningConfig) -> Mode:
+    """What a mode means under a policy: soft is hard where nothing is scaled, all are full where nothing is dropped.
+
+    The keep probabilities of the ranked policies are 0 and 1 and learn nothing, so there is nothing to be soft about.
+    """
+    if not config.prunes:
+        return "full"
+    return "hard" if mode == "soft" and config.is_ranked else mode
+
+
+@torch.no_grad()
+def blind_scores(state: QueryKeyValue, layout: Layout) -> Tensor:
+    """Scores float32 [Tc] of context rows when each volume's own tokens ask; 0 for text.
+
+    Once per scan, from nothing but the volume itself; see :func:`photon.ops.saliency.reference.own_scores`.
+
+    Args:
+        state: what the context rows attended with at the pruning layer.
+    """
+    u = torch.zeros(state.q.shape[0], device=state.q.device)
+    with torch.autocast(state.q.device.type, enabled=False):
+        for start, count in layout.volumes():
+            rows = slice(start, start + count)
+            u[rows] = own_scores(state.q[rows], state.k[rows])
+    return u
 
 
 def decide(
-    own: QueryKeyValue, shared: KeyValue, layout: Layout, predictor: ThresholdPredictor, *, backend: Backend
+    own: QueryKeyValue,
+    shared: KeyValue,
+    layout: Layout,
+    predictor: ThresholdPredictor,
+    *,
+    blind: Tensor | None = None,
+    backend: Backend,
 ) -> Schedule | None:
-    """Score the visual tokens of every question and set its threshold; None when there is no visual token.
+    """Score the visual tokens of every question and decide by the policy; None when there is no visual token.
 
     Args:
         own, shared: what branch rows and context rows attended with at the pruning layer.
+        blind: float32 [Tc] scores of the context rows that replace those by the question.
     """
     if not layout.num_pairs:
         return None
     # Mixed precision would take the products of the scores and of the threshold network for ordinary ones.
     with torch.autocast(own.q.device.type, enabled=False):
-        u = saliency(own.q, own.k, shared.k, layout, backend=backend)
+        if blind is None:
+            u = saliency(own.q, own.k, shared.k, layout, backend=backend)
+        else:
+            u = _of_pairs(blind, layout)
+        if predictor.config.policy != "photon":
+            return ranked(u, layout.pair_lengths, layout.pair_branch, predictor.config)
         decision: Schedule = predictor(u, layout.pair_lengths, layout.pair_branch, backend=backend)
     return decision
+
+
+def forced(decision: Schedule | None, keep: Tensor, layout: Layout) -> Schedule | None:
+    """The decision with other keep flags; scores, threshold and probabilities stay those of the policy.
+
+    Args:
+        keep: bool [B, N], N the visual tokens of the branch with most, counted through all volumes of its prompt; of a
+            branch with fewer the rest is not read. A branch may keep nothing.
+
+    Raises:
+        PhotonError: ``PROMPT_INVALID`` when they are of another type or number.
+    """
+    counts = torch.zeros_like(layout.own_lengths).index_add(0, layout.pair_branch, layout.pair_lengths)
+    shape = (layout.num_branches, int(counts.max()) if layout.num_branches else 0)
+    if keep.dtype != torch.bool or tuple(keep.shape) != shape:
+        fact = f"they are {keep.dtype} {list(keep.shape)}, not bool {list(shape)} for these questions and their tokens."
+        raise PhotonError("PROMPT_INVALID", "keep flags", fact, "Give a row a question and a column a visual token.")
+    if decision is None:
+        return None
+    before = layout.pair_lengths.cumsum(0) - layout.pair_lengths
+    first = before - before[layout.first_pairs[layout.pair_branch]]
+    columns = torch.where(decision.valid, first[:, None] + torch.arange(layout.num_columns, device=keep.device), 0)
+    return replace(decision, keep=decision.valid & keep[layout.pair_branch[:, None], columns])
+
+
+def _of_pairs(scores: Tensor, layout: Layout) -> Tensor:
+    """Scores [Tc] of context rows as a table [S, N], 0 in padding."""
+    columns = torch.arange(layout.num_columns, device=scores.device)
+    valid = columns < layout.pair_lengths[:, None]
+    return torch.where(valid, scores[torch.where(valid, layout.pair_starts[:, None] + columns, 0)], 0.0)
 
 
 def kept_tokens(decision: Schedule | None, mode: Mode, flip: Tensor | None) -> Tensor | None:

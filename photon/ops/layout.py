@@ -62,6 +62,14 @@ class Layout:
         """S."""
         return self.pair_branch.shape[0]
 
+    def volumes(self) -> list[tuple[int, int]]:
+        """First context row and number of visual tokens of every volume, asked about or not; waits for a GPU."""
+        slots = self.context_slots.tolist()
+        rows = [row for row, slot in enumerate(slots) if slot >= 0]
+        bounds = [place for place, row in enumerate(rows) if slots[row] % self.num_columns == 0]
+        ends = [*bounds[1:], len(rows)]
+        return [(rows[first], end - first) for first, end in zip(bounds, ends, strict=False)]
+
     @classmethod
     def build(
         cls,

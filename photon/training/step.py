@@ -10,7 +10,7 @@ from torch import Tensor
 from photon import objectives
 from photon.model.network import Photon
 from photon.model.packing import PackedBatch
-from photon.model.pruning import Mode
+from photon.model.pruning import Mode, effective_mode
 from photon.ops.selection.op import Selection
 from photon.scheduling import Schedule
 from photon.training.stages import MODES, Stage
@@ -42,7 +42,7 @@ class StepResult:
     Attributes:
         loss: scalar with gradient, the mean over branches.
         answer_loss: mean cross-entropy of the undisturbed branches (0 when there is none).
-        band_loss: mean keep-band penalty.
+        band_loss: mean keep-band penalty, before its weight.
         kept_fraction: visual tokens kept (or their mean probability while soft) over all, 1 without pruning.
         tokens_per_branch: rows of a branch after pruning, its share of a shared context included.
         correct: fraction of undisturbed answer tokens whose likeliest token is right.
@@ -60,9 +60,12 @@ def compute_loss(model: Photon, item: TrainingBatch, stage: Stage) -> StepResult
     """Loss of one packed batch: every branch counts the same, as if each were a batch of its own."""
     batch = item.batch
     num_branches = len(batch.branch_lengths)
-    is_disturbed = item.is_perturbed | item.is_flipped
-    mode = MODES[stage]
-    flip = item.is_flipped if mode == "hard" else None
+    pruning = model.config.pruning
+    mode = effective_mode(MODES[stage], pruning)
+    # Where nothing is ever dropped there is no mask to invert, and such branches are like the others.
+    is_flipped = item.is_flipped if pruning.prunes else torch.zeros_like(item.is_flipped)
+    is_disturbed = item.is_perturbed | is_flipped
+    flip = is_flipped if mode == "hard" else None
     output = model(batch, mode, flip=flip, detach=is_disturbed)
 
     rows, targets, branch = objectives.answer_targets(batch)
@@ -74,11 +77,12 @@ def compute_loss(model: Photon, item: TrainingBatch, stage: Stage) -> StepResult
     loss = objectives.mean_by_branch(per_target, branch, num_branches).mean()
 
     band = loss.new_zeros(())
-    if mode != "full" and output.schedule is not None:
-        outside = objectives.keep_band_loss(output.schedule, model.config.pruning.keep_band)
+    # The band moves a threshold; a share that is fixed has none.
+    if mode != "full" and output.schedule is not None and pruning.policy == "photon":
+        outside = objectives.keep_band_loss(output.schedule, pruning.keep_band)
         of_branch = objectives.mean_by_branch(outside, output.schedule.branch, num_branches)
         band = torch.where(is_disturbed, 0.0, of_branch).mean()
-        loss = loss + band
+        loss = loss + pruning.band_weight * band
     is_plain = ~is_disturbed[branch]
     hits = (logits.argmax(-1) == targets)[is_plain].float()
     return StepResult(

@@ -12,6 +12,8 @@ from torch import Tensor
 
 BLOCK_ROWS = 1024
 """Rows of half-precision keys in float32 at a time, on a CPU: they stay in its cache."""
+OWN_BLOCK_ROWS = 256
+"""Visual tokens that ask at a time, where a scan scores its own."""
 
 
 class Places(NamedTuple):
@@ -59,6 +61,39 @@ def question_vector(q: Tensor, k: Tensor, valid: Tensor | None = None) -> Tensor
     asked = real(q.sum(3).flatten(2))
     z = (weights[:, None] @ asked).squeeze(1).unflatten(1, (num_key_heads, head_dim))
     return z / (num_heads * head_dim**0.5)
+
+
+@torch.no_grad()
+def own_scores(q: Tensor, k: Tensor) -> Tensor:
+    """Raw scores float32 [N] of a volume's visual tokens when the tokens themselves ask, instead of a question.
+
+    The formula is that of :func:`question_vector` and :func:`scores`, for a question of N tokens. Their products are
+    never there all at once: memory is a block's rows times N. Tokens with a number that is not finite ask nothing.
+
+    Args:
+        q: [N, H, d] rotated queries of the visual tokens; k: [N, G, d] their rotated keys.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    num_key_heads = k.shape[1]
+    keys = k.float()
+    is_finite = q.isfinite().flatten(1).all(1) & keys.isfinite().flatten(1).all(1)
+    asking, answering = (torch.where(is_finite[:, None, None], x.float(), 0.0) for x in (q, keys))
+    asking = asking.unflatten(1, (num_key_heads, num_heads // num_key_heads))
+    answered = []
+    for start in range(0, num_tokens, OWN_BLOCK_ROWS):
+        block = asking[start : start + OWN_BLOCK_ROWS]
+        place = torch.arange(block.shape[0], device=q.device)
+        sums = torch.zeros(block.shape[0], device=q.device)
+        for head in range(num_key_heads):
+            products = block[:, head].flatten(0, 1) @ answering[:, head].T
+            products = products.relu_().unflatten(0, block.shape[:1] + block.shape[2:3])
+            products[place, :, start + place] = 0.0  # a token does not answer itself
+            sums += products.sum((1, 2))
+        answered.append(sums)
+    centrality = torch.cat(answered) / (num_heads * head_dim**0.5)
+    weights = centrality / centrality.sum().clamp_min(1.0)
+    z = (weights @ asking.sum(2).flatten(1)).unflatten(0, (num_key_heads, head_dim))
+    return scores(z[None] / (num_heads * head_dim**0.5), k)[0]
 
 
 @torch.no_grad()

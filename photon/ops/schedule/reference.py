@@ -128,6 +128,23 @@ def decide(
     return Decision(u, rho, theta, p, keep), descriptor
 
 
+def rank(u: Tensor, valid: Tensor, counts: Tensor) -> Decision:
+    """Keep the ``counts`` int64 [S] highest of the scores [S, N], N >= 1, of equal ones the first.
+
+    No threshold network has a say: ``theta`` is the lowest rho kept (0 in a row that keeps nothing) and ``p`` is 1 for
+    what is kept and 0 for the rest. What no score can tell (not finite, or huge) comes after all scores, as in
+    :func:`decide`. Nothing here has a gradient.
+    """
+    u = u.detach()
+    usable = valid & (u.abs() < LARGEST_SCORE)
+    u = torch.where(usable, u, 0.0)
+    rho = normalise(u, usable | ~usable.any(-1, keepdim=True))
+    preference = torch.where(usable, u, torch.where(valid, -2 * LARGEST_SCORE, -3 * LARGEST_SCORE))
+    keep = valid & highest(preference, counts)
+    lowest = torch.where(keep, rho, torch.inf).min(-1).values
+    return Decision(u, rho, torch.where(keep.any(-1), lowest, 0.0), keep.float(), keep)
+
+
 def schedule(
     u: Tensor, lengths: Tensor, weights: ThresholdWeights, scale: float, temperature: float, min_tokens: int
 ) -> tuple[Decision, Tensor]:
@@ -143,10 +160,20 @@ def schedule(
     return Decision(*tables), descriptor
 
 
-def highest(values: Tensor, count: int) -> Tensor:
-    """The ``count`` highest values of every row [S, N] as a mask; of equal values the first ones."""
-    place = min(count, values.shape[-1]) - 1
-    lowest_taken = values.sort(-1, descending=True).values[:, place : place + 1]
+def highest(values: Tensor, count: int | Tensor) -> Tensor:
+    """The ``count`` highest values of every row [S, N] as a mask; of equal values the first ones.
+
+    Args:
+        count: from 1, for all rows or, int64 [S], for each.
+    """
+    ordered = values.sort(-1, descending=True).values
+    place: int | Tensor
+    if isinstance(count, Tensor):
+        place = count.clamp(1, values.shape[-1])[:, None] - 1
+        lowest_taken = ordered.gather(-1, place)
+    else:
+        place = min(count, values.shape[-1]) - 1
+        lowest_taken = ordered[:, place : place + 1]
     above, level = values > lowest_taken, values == lowest_taken
     room = place + 1 - above.sum(-1, keepdim=True)
     return above | (level & (level.cumsum(-1) <= room))
