@@ -199,7 +199,10 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
             patients = [row["patient"] for row in rows]
             kept = [(row["removal"], each["kept"]) for row, each in zip(rows, wish, strict=True)]
             dropped = [(row["addition"], each["dropped"]) for row, each in zip(rows, wish, strict=True)]
-            more = [(np.array([row["more_is_better"]]), np.array([each["more"]])) for row, each in zip(rows, wish, strict=True)]
+            more = [
+                (np.array([row["more_is_better"]]), np.array([each["more"]]))
+                for row, each in zip(rows, wish, strict=True)
+            ]
             found.setdefault(rule, {})[scale] = {
                 "kept_rank_correlation": mean_of(spearman, kept, patients, (-1.0, 1.0)),
                 "kept_sign_agreement": mean_of(sign_agreement, kept, patients, (0.0, 1.0)),

@@ -61,9 +61,7 @@ def analyse(answers: Rows, runs: Sequence[RunRecord], *, rare_subtypes: Sequence
         "variants": variants,
         "questions": _questions(of[main]),
         "accuracy": {name: _by_group(rows, seeded_mean) for name, rows in of.items()},
-        "differences": {
-            f"{main} - {name}": _differences(of[main], rows) for name, rows in of.items() if name != main
-        },
+        "differences": {f"{main} - {name}": _differences(of[main], rows) for name, rows in of.items() if name != main},
         "findings": _findings(of, rare_subtypes),
         "tokens": {name: _tokens(of[name]) for name in variants},
         "regions": {name: _regions(rows, rare_subtypes) for name, rows in shares.items()},

@@ -14,10 +14,12 @@ from pipelines.files import atomic_path
 TRAINED = "trained"
 """The condition in which a model answers as it was trained to: with the tokens of its own policy."""
 
-CONDITIONS = (TRAINED, "all tokens", "removed", "swapped", "random", "paraphrase")
-"""Which visual tokens an answer was given from. Apart from the first: every token; the complement of the kept ones;
-those kept for a question about another region of the same scan; as many as were kept, drawn at random; those kept for
-the same question in other words. The weights are the same in all of them."""
+CONDITIONS = (TRAINED, "all tokens", "removed", "none", "swapped", "random", "paraphrase")
+"""Which visual tokens an answer was given from. Apart from the first: every token; the complement of the kept ones; no
+token; those kept for a question about another place in the same scan; as many as were kept, drawn at random; those kept
+for the same question in other words. The weights are the same in all of them, and so are the layers up to the pruning
+layer, in which the question's words see the whole scan whatever is kept afterwards: what "none" scores above the model of
+the text alone has come through them."""
 
 STUDY_SCHEMA: dict[str, Any] = {
     "variant": pl.String,

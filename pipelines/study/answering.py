@@ -233,6 +233,8 @@ def _counterfactuals(
         note("all tokens", everything, answerer.ask(scan, asked, keep_all=True))
     if "removed" in conditions:
         note("removed", everything, answerer.ask(scan, asked, keep=~keep))
+    if "none" in conditions:
+        note("none", everything, answerer.ask(scan, asked, keep=torch.zeros_like(keep)))
     if "random" in conditions:
         drawn = [_random_tokens(mask, question.question_id) for mask, question in zip(keep, asked, strict=True)]
         note("random", everything, answerer.ask(scan, asked, keep=torch.stack(drawn)))

@@ -74,7 +74,8 @@ def region_shares(looks: Sequence[ScanLooks]) -> pl.DataFrame:
         num_others = look.is_elsewhere.sum(axis=1)
         unasked = np.where(num_others > 0, (share * look.is_elsewhere).sum(axis=1) / np.maximum(num_others, 1), np.nan)
         table = look.rows.select(
-            *names, about=pl.when(pl.col("lesion_region").is_not_null()).then(pl.lit("lesion")).otherwise(pl.lit("organ"))
+            *names,
+            about=pl.when(pl.col("lesion_region").is_not_null()).then(pl.lit("lesion")).otherwise(pl.lit("organ")),
         ).with_columns(
             asked_share=np.diagonal(share),
             overall_share=look.kept.mean(axis=1),

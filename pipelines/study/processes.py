@@ -61,7 +61,9 @@ def launch_in_process(
     except EOFError as error:
         process.join()
         fact = f"a process ended without a word (exit code {process.exitcode}); memory may be short."
-        raise PhotonError("WORKER_LOST", work.__name__, fact, "Run the same command again, with fewer workers.") from error
+        raise PhotonError(
+            "WORKER_LOST", work.__name__, fact, "Run the same command again, with fewer workers."
+        ) from error
     finally:
         if process.is_alive():
             process.join(timeout=5)

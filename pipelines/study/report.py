@@ -27,9 +27,7 @@ from pipelines.study.work import read_history
 RESULT = "study.json"
 
 
-def write_study(
-    spec: StudySpec, data: Path, output: Path, records: Mapping[str, Record], *, data_version: str
-) -> Path:
+def write_study(spec: StudySpec, data: Path, output: Path, records: Mapping[str, Record], *, data_version: str) -> Path:
     """Analyse the tables of all parts, and write ``study.json`` and ``study.html``; returns the first's path.
 
     Raises:
@@ -72,7 +70,9 @@ def _page(
     # The gallery knows the table of an evaluation, where the policy that prunes is called so.
     pictures = question_gallery(own.filter(pl.col("kept").is_not_null()).with_columns(policy=pl.lit("photon")), data)
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    subtitle = f"Ways of choosing visual tokens, trained side by side. Data version {content['data_version'][:12]}, {made}."
+    subtitle = (
+        f"Ways of choosing visual tokens, trained side by side. Data version {content['data_version'][:12]}, {made}."
+    )
     header = join(tag("h1", f"Photon study “{content['study']}”"), tag("p", subtitle, class_="soft"))
     body = [
         ("In short", sections.headline(content)),

@@ -155,7 +155,10 @@ class _Study:
             parts += [
                 Part(vision, (), steps.naming, functools.partial(self.vision, vision, seed)),
                 Part(
-                    warm_up, (vision,), steps.warm_up + steps.blind, functools.partial(self.warm_up, warm_up, vision, seed)
+                    warm_up,
+                    (vision,),
+                    steps.warm_up + steps.blind,
+                    functools.partial(self.warm_up, warm_up, vision, seed),
                 ),
             ]
             for variant in self.spec.variants:
@@ -264,9 +267,7 @@ class _Study:
     def _asked(self, conditions: tuple[str, ...]) -> dict[str, Any]:
         return {"conditions": conditions, "split": self.spec.split, "max_scans": self.spec.max_scans}
 
-    def _stage(
-        self, name: str, kind: Any, make: Any, inputs: dict[str, Any], outputs: list[Path], folder: Path
-    ) -> Any:
+    def _stage(self, name: str, kind: Any, make: Any, inputs: dict[str, Any], outputs: list[Path], folder: Path) -> Any:
         record = self.job.run_stage(
             name,
             kind,

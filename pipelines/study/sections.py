@@ -28,6 +28,7 @@ CONDITIONS = {
     TRAINED: "its own tokens",
     "all tokens": "all tokens",
     "removed": "all but its own tokens",
+    "none": "no token",
     "swapped": "tokens kept for a question about another place",
     "random": "as many tokens, drawn at random",
     "paraphrase": "the question in other words",
@@ -168,7 +169,9 @@ def what_if(content: Content) -> Markup:
                 )
     words = (
         f"The same weights of {content['main']}, answering from other visual tokens than those that it keeps. If the kept "
-        "tokens hold what the answer needs, then the rest, or those of another question, must not do."
+        "tokens hold what the answer needs, then the rest, or those of another question, must not do. Whatever is kept, the "
+        "question's words have seen the whole scan in the layers before pruning: what is right without any token came "
+        "through them."
     )
     headings = ["Answered from", "Tokens", "Right, %", "Change", "Right option's probability, %", "Change "]
     return join(tag("p", words), table(headings, rows))
@@ -251,7 +254,10 @@ def provenance(content: Content) -> Markup:
     """What the study was made with."""
     facts = [("Study", content["study"]), ("Data version", content["data_version"]), ("Code", content["code_version"])]
     facts += [
-        (f"Warm-up, seed {entry['seed']}", f"{entry['num_steps']} steps, validation {percent(entry['validation_accuracy'])}")
+        (
+            f"Warm-up, seed {entry['seed']}",
+            f"{entry['num_steps']} steps, validation {percent(entry['validation_accuracy'])}",
+        )
         for entry in content["warm_up"]
     ]
     facts += list(content["environment"].items())

@@ -167,9 +167,10 @@ class StudySpec:
     def own_warm_up(self, variant: Variant, seed: int, num_steps: int) -> TrainSpec:
         """The warm-up of a variant that cannot share one: the same data, steps and seed under its own configuration."""
         alignment = 0 if variant.freeze_vision else variant.lengths.get("alignment", self.lengths.alignment)
+        alignment = min(alignment, num_steps)
         return self._training(
             seed,
-            schedule=StageSchedule(alignment=alignment, warm_up=num_steps, soft=0, hard=0, flip_after=0),
+            schedule=StageSchedule(alignment=alignment, warm_up=num_steps - alignment, soft=0, hard=0, flip_after=0),
             optimiser=self.optimiser,
             pruning=variant.pruning,
             freeze_vision=variant.freeze_vision,
@@ -177,7 +178,9 @@ class StudySpec:
 
     def training(self, variant: Variant, seed: int) -> TrainSpec:
         """A variant's own training, from a warm-up."""
-        steps = {name: variant.lengths.get(name, getattr(self.lengths, name)) for name in ("soft", "hard", "flip_after")}
+        steps = {
+            name: variant.lengths.get(name, getattr(self.lengths, name)) for name in ("soft", "hard", "flip_after")
+        }
         return self._training(
             seed,
             schedule=StageSchedule(alignment=0, warm_up=0, **steps),

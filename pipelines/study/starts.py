@@ -38,7 +38,9 @@ def write_vision_start(
         PhotonError: ``SPLIT_EMPTY``, ``CONFIG_INVALID``, and what reading the data raises.
     """
     scans = read_split(data, "train")
-    prompter = Prompter(build_tokenizer(text for scan in scans for q in scan.questions for text in (q.question, q.answer)))
+    prompter = Prompter(
+        build_tokenizer(text for scan in scans for q in scan.questions for text in (q.question, q.answer))
+    )
     config = sized(tiny(prompter.vocab_size, special_ids=prompter.special_ids), spec.model)
     with torch.device(choose_device(device)):
         model = Photon(config)
