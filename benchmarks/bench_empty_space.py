@@ -24,8 +24,9 @@ from common import best_of, write_results
 from photon.config import PhotonConfig, tiny
 from photon.errors import PhotonError
 from photon.grid import Grid, num_visual_tokens, occupied_tokens
+from photon.model.contexts import without_empty_tokens
 from photon.model.network import Photon
-from photon.model.packing import Branch, Context, pack_batch, without_empty_tokens
+from photon.model.packing import Branch, Context, pack_batch
 from pipelines.dataset import read_split, volume_patches
 from pipelines.metrics import score_answer
 from pipelines.phantoms import PhantomSpec, make_phantom, plan_visits

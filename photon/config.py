@@ -200,6 +200,8 @@ class PhotonConfig:
             refuse(f"sgp_rule {self.pruning.sgp_rule!r} is not one of {SGP_RULES}.")
         if self.pruning.policy not in POLICIES:
             refuse(f"policy {self.pruning.policy!r} is not one of {POLICIES}.")
+        if self.pruning.policy == "pooled" and self.vision.empty_below is not None:
+            refuse("empty_below leaves tokens out, and the policy pooled averages over all of them.")
         if self.pruning.saliency_gradient and self.pruning.policy != "photon":
             refuse(f"saliency_gradient is on, and the policy {self.pruning.policy} has no keep probabilities.")
 

@@ -28,7 +28,7 @@ class EncodedScan:
     """What all questions about a scan share.
 
     Attributes:
-        context: token ids and grids; the patches, no longer needed, are gone.
+        context: token ids and grids; patches or encoded tokens, no longer needed, are gone.
         state: output rows [P, D] of the pruning layer, rotary table, keys and values [P, G, d] of the layers up to it.
     """
 
@@ -63,7 +63,8 @@ def encode_scan(model: Photon, context: Context) -> EncodedScan:
     """
     batch = pack_batch([context], [], model.config).to(_device(model))
     state = model.encode_contexts(batch, _num_shared_layers(model))
-    return EncodedScan(dataclasses.replace(context, patches=context.patches[:0].clone()), state)
+    bare = dataclasses.replace(context, patches=context.patches[:0].clone(), pooled=None, tokens=None)
+    return EncodedScan(bare, state)
 
 
 @torch.no_grad()

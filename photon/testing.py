@@ -15,8 +15,9 @@ from torch import Tensor
 
 from photon.config import PhotonConfig, PruningConfig, VisionConfig
 from photon.grid import Grid, num_visual_tokens, patch_rows
+from photon.model.contexts import reduced
 from photon.model.network import Photon
-from photon.model.packing import IGNORE_INDEX, Branch, Context, pack_batch, without_empty_tokens
+from photon.model.packing import IGNORE_INDEX, Branch, Context, pack_batch
 from photon.ops.layout import Layout
 from photon.training.step import TrainingBatch
 
@@ -81,7 +82,8 @@ def random_context(config: PhotonConfig, grids: Sequence[Grid], *, seed: int, ai
     """A prompt's shared part: a few words and each volume's tokens; empty without volumes.
 
     Args:
-        air: visual tokens, counted through all volumes, whose voxels are 0. They are left out if ``config`` says so.
+        air: visual tokens, counted through all volumes, whose voxels are 0. They are left out if ``config`` says so, as
+            are those that its policy leaves out.
     """
     if not grids:
         return Context(torch.zeros(0, dtype=torch.long), torch.zeros(0, config.vision.patch_voxels), ())
@@ -95,7 +97,7 @@ def random_context(config: PhotonConfig, grids: Sequence[Grid], *, seed: int, ai
     num_patches = sum(gz * gy * gx for gz, gy, gx in grids)
     patches = torch.rand(num_patches, config.vision.patch_voxels, generator=generator)
     patches[patch_rows(torch.tensor(list(air), dtype=torch.long), config.vision)] = 0.0
-    return without_empty_tokens(Context(torch.cat(parts), patches, tuple(grids)), config)
+    return reduced(Context(torch.cat(parts), patches, tuple(grids)), config)
 
 
 def random_branch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from torch import Tensor
 from photon.config import PhotonConfig
 from photon.errors import PhotonError
 from photon.grid import Grid, num_visual_tokens, occupied_tokens, patch_rows, patchify
-from photon.model.packing import IGNORE_INDEX, Branch, Context, pack_batch, without_empty_tokens
+from photon.model.contexts import encoded, reduced
+from photon.model.packing import IGNORE_INDEX, Branch, Context, pack_batch
+from photon.model.vision import VisionTower
 from photon.training.perturb import draw_kind, perturb
 from photon.training.pretrain import NamingBatch, token_labels
 from photon.training.step import TrainingBatch
@@ -71,13 +74,13 @@ def scan_context(volume: Volume, prompter: Prompter, config: PhotonConfig) -> Co
 
 
 def context_of(patches: Tensor, grid: Grid, prompter: Prompter, config: PhotonConfig) -> Context:
-    """The shared prefix of every prompt about the patches of one whole volume, without its empty tokens.
+    """The shared prefix of every prompt about the patches of one whole volume, with the tokens that `config` lets in.
 
     What is empty is decided here, from what the model would see: a scan spoilt for training goes the way that a
     spoilt scan goes when it is scored.
     """
     ids = prompter.context_ids([num_visual_tokens(grid, config.vision)])
-    return without_empty_tokens(Context(ids, patches, (grid,)), config)
+    return reduced(Context(ids, patches, (grid,)), config)
 
 
 def empty_context(config: PhotonConfig) -> Context:
@@ -107,9 +110,26 @@ class BatchSource:
     """Training batches of a split. Batch ``step`` depends on the seed and the step, so resuming needs no state."""
 
     def __init__(
-        self, scans: Sequence[LabelledScan], prompter: Prompter, config: PhotonConfig, draw: Draw, seed: int
+        self,
+        scans: Sequence[LabelledScan],
+        prompter: Prompter,
+        config: PhotonConfig,
+        draw: Draw,
+        seed: int,
+        tower: VisionTower | None = None,
     ) -> None:
-        self.scans, self.prompter, self.config, self.draw, self.seed = scans, prompter, config, draw, seed
+        """Draw from scans and their questions.
+
+        Args:
+            tower: a vision tower that learns no more. Batches then hold its tokens instead of patches: those of a clean
+                scan are made when it is first drawn and kept (float32, in memory), those of a spoilt one every time.
+
+        Raises:
+            PhotonError: ``CONFIG_INVALID`` when there is a tower and volumes move, so that no scan comes twice.
+        """
+        self.scans, self.prompter, self.config, self.seed, self.tower = scans, prompter, config, seed, tower
+        self.draw = _without_moves(draw, tower)
+        self._encoded: dict[int, Context] = {}
         self._branches = [[self._branch_tokens(q, True) for q in scan.questions] for scan in scans]
         self._blind = [[self._branch_tokens(q, False) for q in scan.questions] for scan in scans]
 
@@ -118,11 +138,9 @@ class BatchSource:
         generator = self._generator(step)
         contexts, branches, spoilt = [], [], []
         for place, index in enumerate(self._scan_order(step)):
-            patches, grid = self._patches(index, generator)
+            shift = draw_shift(self.draw.max_shift, generator)
             is_spoilt = float(torch.rand((), generator=generator)) < self.draw.robust_probability
-            if is_spoilt:
-                patches = perturb(patches, draw_kind(generator), generator)
-            contexts.append(context_of(patches, grid, self.prompter, self.config))
+            contexts.append(self._spoilt(index, shift, generator) if is_spoilt else self._clean(index, shift))
             for tokens in self._drawn(self._branches[index], generator):
                 branches.append(Branch(place, *tokens))
                 spoilt.append(is_spoilt)
@@ -130,6 +148,12 @@ class BatchSource:
         odds = self.draw.flip_probability if with_flips else 0.0
         is_flipped = (torch.rand(len(branches), generator=generator) < odds) & ~is_perturbed
         return TrainingBatch(pack_batch(contexts, branches, self.config), is_perturbed, is_flipped)
+
+    def with_draw(self, draw: Draw) -> BatchSource:
+        """The same scans drawn otherwise; what a tower encoded is shared. Raises as the constructor does."""
+        other = copy.copy(self)
+        other.draw = _without_moves(draw, self.tower)
+        return other
 
     def blind_batch(self, step: int) -> TrainingBatch:
         """The same questions without their scans."""
@@ -156,15 +180,36 @@ class BatchSource:
         order = torch.randperm(len(branches), generator=generator)[: self.draw.questions_per_scan]
         return [branches[i] for i in order.tolist()]
 
-    def _patches(self, index: int, generator: torch.Generator) -> tuple[Tensor, Grid]:
+    def _clean(self, index: int, shift: tuple[int, ...]) -> Context:
+        if self.tower is None:
+            return context_of(*self._patches(index, shift), self.prompter, self.config)
+        if index not in self._encoded:
+            context = context_of(*self._patches(index, shift), self.prompter, self.config)
+            self._encoded[index] = encoded(context, self.tower)
+        return self._encoded[index]
+
+    def _spoilt(self, index: int, shift: tuple[int, ...], generator: torch.Generator) -> Context:
+        patches, grid = self._patches(index, shift)
+        context = context_of(perturb(patches, draw_kind(generator), generator), grid, self.prompter, self.config)
+        return context if self.tower is None else encoded(context, self.tower)
+
+    def _patches(self, index: int, shift: tuple[int, ...]) -> tuple[Tensor, Grid]:
         volume = self.scans[index].volume
-        moved = shifted(volume.voxels, draw_shift(self.draw.max_shift, generator), volume.spec.window_hu[0])
+        moved = shifted(volume.voxels, shift, volume.spec.window_hu[0])
         return patchify(torch.from_numpy(normalise(moved, volume.spec.window_hu)), self.config.vision)
 
     def _branch_tokens(self, question: Question, has_volume: bool) -> tuple[Tensor, Tensor]:
         asked = self.prompter.branch_ids(question.question, has_volume=has_volume)
         answer = self.prompter.answer_ids(question.answer)
         return torch.cat([asked, answer]), torch.cat([torch.full_like(asked, IGNORE_INDEX), answer])
+
+
+def _without_moves(draw: Draw, tower: VisionTower | None) -> Draw:
+    """The draw, refused where volumes move under a tower that encodes them once."""
+    if tower is not None and any(draw.max_shift):
+        fact = f"volumes move by up to {draw.max_shift} voxels, and a frozen vision tower encodes a scan only once."
+        raise PhotonError("CONFIG_INVALID", "max_shift", fact, "Set it to (0, 0, 0), or let the tower learn.")
+    return draw
 
 
 class NamingSource:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from photon.config import PhotonConfig
 from photon.errors import PhotonError
 from photon.model.attention import Attention, RaggedAttention, starts_of
+from photon.model.contexts import visual_tokens
 from photon.model.decoder import Decoder, KeyValue, QueryKeyValue, SelfAttention
 from photon.model.layers import Rotary, maybe_checkpoint
 from photon.model.packing import PackedBatch
@@ -161,11 +162,13 @@ class Photon(nn.Module):
         return self.run_branches(batch, state, mode, flip=flip, detach=detach, keep=keep, with_layers=with_layers)
 
     def encode_contexts(self, batch: PackedBatch, num_layers: int) -> EncodedRows:
-        """Vision tower and the first ``num_layers`` decoder layers over the contexts."""
+        """Vision tower, unless the batch is encoded, and the first ``num_layers`` decoder layers over the contexts."""
         x = self.model.embed_tokens(batch.context_ids)
         if batch.visual_rows.numel():
-            tokens = self.visual(batch.patches, batch.grids, batch.present).to(x.dtype)
-            x = x.index_copy(0, batch.visual_rows, tokens)
+            tokens = batch.tokens
+            if tokens is None:
+                tokens = visual_tokens(self.visual, batch.patches, batch.grids, batch.present, batch.pooled)
+            x = x.index_copy(0, batch.visual_rows, tokens.to(x.dtype))
         return self.run_contexts(x, batch, num_layers)
 
     def run_contexts(self, x: Tensor, batch: PackedBatch, num_layers: int, *, first: int = 0) -> EncodedRows:

@@ -6,8 +6,8 @@ the scan, attention is causal, so it is computed once. A text-only prompt is a b
 Rows are packed one after another: first all rows of context 0, then context 1, ...; branches likewise, in
 an array of their own.
 
-Visual tokens that hold only air may be left out (:func:`without_empty_tokens`). The others, and all text, stay where
-they were: their positions, windows and slabs are those of the whole grid.
+Visual tokens may be left out (:mod:`photon.model.contexts`). The others, and all text, stay where they were: their
+positions, windows and slabs are those of the whole grid.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from photon.config import PhotonConfig
 from photon.errors import PhotonError
-from photon.grid import Grid, num_visual_tokens, occupied_tokens, patch_rows, visual_positions
+from photon.grid import Grid, num_visual_tokens, visual_positions
 from photon.ops.layout import Layout
 
 IGNORE_INDEX = -100
@@ -37,12 +37,17 @@ class Context:
         grids: patch counts (gz, gy, gx) of each whole volume.
         present: int64 [N] visual tokens that are there, ascending, counted through the whole grids of all volumes;
             None when all are.
+        pooled: int64, for every token of the whole grids the place (from 0 to below N) of the visual token into whose
+            mean it goes; the patches are then those of the whole grids. None where nothing is averaged.
+        tokens: float [N, D] what the vision tower made of the patches, of which there are none then; None otherwise.
     """
 
     input_ids: Tensor
     patches: Tensor
     grids: tuple[Grid, ...]
     present: Tensor | None = None
+    pooled: Tensor | None = None
+    tokens: Tensor | None = None
 
     def grid_tokens(self, tokens: Tensor) -> Tensor:
         """Indices through the whole grids of visual tokens int64 [n] counted among the present ones.
@@ -72,8 +77,11 @@ class PackedBatch:
     """Contexts and branches as packed arrays. C contexts, B branches, V visual tokens.
 
     Attributes:
-        patches: float [P, 14*14*14] of the present visual tokens; grids: of every volume.
-        present: int64 [V] these tokens, counted through the whole grids of all volumes.
+        patches: float [P, 14*14*14] of the visual tokens to encode; grids: of every volume.
+        present: int64 [P / 4] these tokens, counted through the whole grids of all volumes. As many as V, unless some
+            are averaged.
+        pooled: int64 [P / 4] visual row (from 0 to below V) whose mean each goes into; None where nothing is averaged.
+        tokens: float [V, D] visual tokens that were encoded before; None where the patches are to be.
         context_ids [Tc], context_positions [3, Tc], context_lengths [C]
         visual_rows: int64 [V] context rows that are visual.
         branch_ids [Tb], branch_positions [3, Tb], branch_lengths [B]; branch_context [B].
@@ -96,6 +104,8 @@ class PackedBatch:
     branch_context: tuple[int, ...]
     labels: Tensor
     layout: Layout
+    pooled: Tensor | None = None
+    tokens: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The batch with every tensor on ``device``."""
@@ -108,13 +118,15 @@ def pack_batch(contexts: Sequence[Context], branches: Sequence[Branch], config: 
     """Pack contexts and branches; without branches the batch can be encoded but not asked.
 
     Raises:
-        PhotonError: ``PROMPT_INVALID`` when placeholders and volumes do not match or a branch is empty.
+        PhotonError: ``PROMPT_INVALID`` when placeholders and volumes or encoded tokens do not match, only some contexts
+            are encoded, or a branch is empty.
     """
     _check_prompts(contexts, branches, config)
+    tokens = _encoded_tokens(contexts, config)
     positions, nexts = zip(*(context_positions(context, config) for context in contexts), strict=True)
     is_visual = torch.cat([context.input_ids == config.video_token_id for context in contexts])
     grids = tuple(grid for context in contexts for grid in context.grids)
-    volumes = [_volumes_of(context, config) for context in contexts]
+    volumes = [volumes_of(context, config) for context in contexts]
     none = torch.zeros(0, dtype=torch.long)
     context_lengths = tuple(context.input_ids.numel() for context in contexts)
     branch_lengths = tuple(branch.input_ids.numel() for branch in branches)
@@ -129,7 +141,7 @@ def pack_batch(contexts: Sequence[Context], branches: Sequence[Branch], config: 
     return PackedBatch(
         patches=torch.cat([context.patches for context in contexts]),
         grids=grids,
-        present=_counted_through([volume.tokens for own in volumes for volume in own], grids, config),
+        present=counted_through(_tokens_to_encode(contexts, volumes, config), grids, config),
         context_ids=torch.cat([context.input_ids for context in contexts]),
         context_positions=torch.cat(positions, dim=1),
         context_lengths=context_lengths,
@@ -142,6 +154,8 @@ def pack_batch(contexts: Sequence[Context], branches: Sequence[Branch], config: 
         branch_context=branch_context,
         labels=torch.cat([none, *(_labels_of(branch) for branch in branches)]),
         layout=layout,
+        pooled=_pooled_rows(contexts, volumes),
+        tokens=tokens,
     )
 
 
@@ -162,6 +176,48 @@ def _check_prompts(contexts: Sequence[Context], branches: Sequence[Branch], conf
             refuse(fact, "Use the tokenizer that belongs to the model.")
 
 
+def _encoded_tokens(contexts: Sequence[Context], config: PhotonConfig) -> Tensor | None:
+    """The tokens [V, D] of contexts that were encoded before; None when none was."""
+    with_volumes = [context for context in contexts if context.grids]
+    encoded = [context.tokens for context in with_volumes if context.tokens is not None]
+    if not encoded:
+        return None
+    counts = [int((context.input_ids == config.video_token_id).sum()) for context in with_volumes]
+    found = [tuple(tokens.shape) for tokens in encoded]
+    if found != [(count, config.hidden_size) for count in counts] or any(c.patches.numel() for c in with_volumes):
+        raise PhotonError(
+            "PROMPT_INVALID",
+            "prompt",
+            f"it has encoded tokens of shapes {found} for {counts} placeholders.",
+            f"Encode every context of a batch, without patches, or none: {config.hidden_size} numbers a placeholder.",
+        )
+    return torch.cat(encoded)
+
+
+def _tokens_to_encode(
+    contexts: Sequence[Context], volumes: Sequence[Sequence[Volume]], config: PhotonConfig
+) -> list[Tensor]:
+    """Tokens of each volume whose patches are there, counted through its own grid."""
+    found = []
+    for context, own in zip(contexts, volumes, strict=True):
+        for grid, volume in zip(context.grids, own, strict=True):
+            is_whole = context.pooled is not None
+            found.append(torch.arange(num_visual_tokens(grid, config.vision)) if is_whole else volume.tokens)
+    return found
+
+
+def _pooled_rows(contexts: Sequence[Context], volumes: Sequence[Sequence[Volume]]) -> Tensor | None:
+    """Visual row of the batch that each token to encode goes into; None where all stand for themselves."""
+    if all(context.pooled is None for context in contexts):
+        return None
+    parts, start = [], 0
+    for context, own in zip(contexts, volumes, strict=True):
+        count = sum(volume.num_tokens for volume in own)
+        parts.append((torch.arange(count) if context.pooled is None else context.pooled) + start)
+        start += count
+    return torch.cat(parts)
+
+
 def num_question_tokens(branch_ids: Tensor, eos_token_id: int) -> int:
     """How many tokens of a branch, from the first, are its question: those before the first end of turn."""
     return int(((branch_ids == eos_token_id).cumsum(0) == 0).sum())
@@ -179,31 +235,6 @@ def _labels_of(branch: Branch) -> Tensor:
     return branch.labels
 
 
-def without_empty_tokens(context: Context, config: PhotonConfig) -> Context:
-    """Leave out the visual tokens that hold only air, as ``config.vision.empty_below`` says.
-
-    Args:
-        context: with all tokens of its volumes, patches in [0, 1].
-
-    Returns:
-        A context with fewer placeholders and patches; the same one when ``empty_below`` is None or nothing is empty.
-
-    Raises:
-        PhotonError: ``PROMPT_INVALID`` when placeholders and volumes do not match.
-    """
-    vision = config.vision
-    if vision.empty_below is None:
-        return context
-    counts = [volume.num_tokens for volume in _volumes_of(context, config)]
-    volumes = context.patches.split([count * vision.spatial_merge_size**2 for count in counts])
-    present = _counted_through([occupied_tokens(patches, vision) for patches in volumes], context.grids, config)
-    if present.numel() == sum(counts):
-        return context
-    stays = context.input_ids != config.video_token_id
-    stays[(~stays).nonzero().flatten()[present]] = True
-    return Context(context.input_ids[stays], context.patches[patch_rows(present, vision)], context.grids, present)
-
-
 def context_positions(context: Context, config: PhotonConfig) -> tuple[Tensor, int]:
     """Rotary positions [3, P] of a context, and the position at which its branches start.
 
@@ -215,7 +246,7 @@ def context_positions(context: Context, config: PhotonConfig) -> tuple[Tensor, i
     """
     parts: list[Tensor] = []
     start = place = 0
-    for grid, volume in zip(context.grids, _volumes_of(context, config), strict=True):
+    for grid, volume in zip(context.grids, volumes_of(context, config), strict=True):
         text = volume.first_row - place
         parts.append((torch.arange(text) + start).expand(3, -1))
         whole = visual_positions(grid, config) + start + text
@@ -228,7 +259,7 @@ def context_positions(context: Context, config: PhotonConfig) -> tuple[Tensor, i
 
 
 @dataclass(frozen=True)
-class _Volume:
+class Volume:
     """Where a volume's visual tokens stand: those present, counted through its own grid, and the row of the first."""
 
     tokens: Tensor
@@ -239,7 +270,7 @@ class _Volume:
         return self.tokens.numel()
 
 
-def _volumes_of(context: Context, config: PhotonConfig) -> list[_Volume]:
+def volumes_of(context: Context, config: PhotonConfig) -> list[Volume]:
     """The volumes of a context; refuses a prompt that does not fit them."""
     whole = [num_visual_tokens(grid, config.vision) for grid in context.grids]
     present = torch.arange(sum(whole)) if context.present is None else context.present
@@ -261,10 +292,10 @@ def _volumes_of(context: Context, config: PhotonConfig) -> list[_Volume]:
     if any(int(own[-1] - own[0]) + 1 != own.numel() for own in of_volumes):
         fact = "text stands between the placeholders of one volume."
         raise PhotonError("PROMPT_INVALID", "prompt", fact, "Write the placeholders of a volume in one piece.")
-    return [_Volume(own, int(places[0])) for own, places in zip(tokens, of_volumes, strict=True)]
+    return [Volume(own, int(places[0])) for own, places in zip(tokens, of_volumes, strict=True)]
 
 
-def _counted_through(tokens: Sequence[Tensor], grids: Sequence[Grid], config: PhotonConfig) -> Tensor:
+def counted_through(tokens: Sequence[Tensor], grids: Sequence[Grid], config: PhotonConfig) -> Tensor:
     """Tokens of each volume's grid, counted through all volumes: int64."""
     parts, start = [torch.zeros(0, dtype=torch.long)], 0
     for own, grid in zip(tokens, grids, strict=True):

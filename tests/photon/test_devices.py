@@ -26,8 +26,8 @@ from photon.device import choose_device, column
 from photon.errors import PhotonError
 from photon.generate import ask, decode, encode_scan, generate, last_rows
 from photon.likelihood import option_log_likelihoods
+from photon.model.contexts import without_empty_tokens
 from photon.model.network import Photon
-from photon.model.packing import without_empty_tokens
 from photon.model.pruning import Mode
 from photon.ops import compaction, saliency, schedule, selection
 from photon.sampling import Generated, Sampling

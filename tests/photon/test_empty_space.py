@@ -13,7 +13,8 @@ from photon.config import PhotonConfig
 from photon.errors import PhotonError
 from photon.grid import Grid, num_visual_tokens, occupied_tokens, patch_coordinates, patch_rows, window_ids
 from photon.model.attention import BlockAttention
-from photon.model.packing import Branch, Context, context_positions, pack_batch, without_empty_tokens
+from photon.model.contexts import without_empty_tokens
+from photon.model.packing import Branch, Context, context_positions, pack_batch
 from photon.model.pruning import Mode
 from photon.testing import micro_config, micro_model, random_branch, random_context, training_batch
 from photon.training.stages import Stage

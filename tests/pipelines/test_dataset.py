@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from photon.config import PhotonConfig, tiny
+from photon.config import POLICIES, PhotonConfig, tiny
 from photon.errors import PhotonError
+from photon.model.network import Photon
 from photon.model.packing import IGNORE_INDEX
 from photon.model.vision import VisionTower
-from photon.training.step import TrainingBatch
+from photon.training.step import TrainingBatch, compute_loss
 from pipelines import dataset
 from pipelines.dataset import (
     BatchSource,
@@ -237,3 +238,77 @@ def test_a_split_nobody_asks_about_is_refused(smoke_data: Path) -> None:
     with pytest.raises(PhotonError, match="'holdout'") as caught:
         read_split(smoke_data, "holdout")
     assert caught.value.code == "SPLIT_EMPTY"
+
+
+# A vision tower that learns no more
+
+STILL = {"max_shift": (0, 0, 0)}
+
+
+def tower_of(config: PhotonConfig) -> VisionTower:
+    return Photon(config).initialise(0).visual
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_frozen_tower_changes_batches_in_nothing_but_their_form(
+    scans: list[LabelledScan], prompter: Prompter, config: PhotonConfig, policy: str
+) -> None:
+    """Scan by scan, spoilt or not, the same questions and the same loss to the last bit."""
+    config = dataclasses.replace(config, pruning=dataclasses.replace(config.pruning, policy=policy))
+    model = Photon(config).initialise(0)
+    draw = dataclasses.replace(DRAW, scans_per_step=1, **STILL)  # type: ignore[arg-type]
+    plain = BatchSource(scans, prompter, config, draw, 0)
+    frozen = BatchSource(scans, prompter, config, draw, 0, tower=model.visual)
+    seen = set()
+    for step in range(12):  # fewer scans, so some come a second time
+        expected, found = plain.batch(step, True), frozen.batch(step, True)
+        assert found.batch.tokens is not None and found.batch.patches.numel() == 0 and expected.batch.tokens is None
+        assert torch.equal(found.batch.branch_ids, expected.batch.branch_ids)
+        assert torch.equal(found.is_perturbed, expected.is_perturbed)
+        assert torch.equal(found.is_flipped, expected.is_flipped)
+        with torch.no_grad():
+            assert torch.equal(*(compute_loss(model, item, "hard").loss for item in (expected, found)))
+        seen.add(bool(found.is_perturbed[0]))
+    assert seen == {True, False}
+
+
+def test_clean_scans_are_encoded_once_and_spoilt_ones_whenever_drawn(
+    scans: list[LabelledScan], prompter: Prompter, config: PhotonConfig
+) -> None:
+    tower, calls = tower_of(config), []
+    tower.register_forward_hook(lambda *call: calls.append(1))
+    draw = dataclasses.replace(DRAW, robust_probability=0.0, **STILL)  # type: ignore[arg-type]
+    first = BatchSource(scans, prompter, config, draw, 0, tower=tower)
+    batches = [first.batch(step, False) for step in range(12)]
+    assert len(calls) == len(scans) < 24
+    for step, expected in enumerate(batches):
+        assert same(first.batch(step, False), expected), "the batch of a step does not depend on what came before"
+    other = first.with_draw(dataclasses.replace(draw, questions_per_scan=1))
+    assert len(other.batch(0, False).batch.branch_lengths) == 2 and len(calls) == len(scans)
+    assert len(first.batch(0, False).batch.branch_lengths) == 6
+    spoilt = first.with_draw(dataclasses.replace(draw, robust_probability=1.0))
+    assert same(spoilt.batch(0, False), spoilt.batch(0, False)) and len(calls) == len(scans) + 4
+    assert same(first.batch(0, False), batches[0]), "what was spoilt is not kept"
+
+
+def test_scans_that_move_cannot_be_encoded_once(
+    scans: list[LabelledScan], prompter: Prompter, config: PhotonConfig
+) -> None:
+    with pytest.raises(PhotonError, match="max_shift") as caught:
+        BatchSource(scans, prompter, config, DRAW, 0, tower=tower_of(config))
+    assert caught.value.code == "CONFIG_INVALID"
+    still = BatchSource(scans, prompter, config, dataclasses.replace(DRAW, **STILL), 0, tower=tower_of(config))  # type: ignore[arg-type]
+    with pytest.raises(PhotonError, match="max_shift"):
+        still.with_draw(DRAW)
+
+
+@pytest.mark.parametrize(("policy", "num_tokens"), [("slices", 4), ("pooled", 4), ("fixed", 12)])
+def test_the_configuration_says_which_tokens_enter(
+    scans: list[LabelledScan], prompter: Prompter, config: PhotonConfig, policy: str, num_tokens: int
+) -> None:
+    """In training as in inference; 12 tokens in three slabs."""
+    config = dataclasses.replace(config, pruning=dataclasses.replace(config.pruning, policy=policy))
+    context = scan_context(scans[0].volume, prompter, config)
+    assert int((context.input_ids == config.video_token_id).sum()) == num_tokens
+    item = source(scans, prompter, config).batch(0, False)
+    assert item.batch.visual_rows.numel() == 2 * num_tokens
