@@ -1,4 +1,5 @@
-"""Keep the numbers of a finished `photon study`: python benchmarks/record_study.py out/study [results/study_small.json].
+"""Keep the numbers of a finished `photon study`: python benchmarks/record_study.py out/study
+[results/study_small.json].
 
 The target's default is benchmarks/results/study_<preset>.json.
 """

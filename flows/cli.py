@@ -51,9 +51,8 @@ def options(
     """Question answering on 3D medical volumes that keeps only the tokens a question needs.
 
     `photon retrain` runs all stages in order; the others are these stages one by one:
-    generate, preprocess, train, evaluate, export, score, report. `photon study` trains several ways of choosing tokens and
-    shows where they look. `photon parity` compares the model with the
-    numbers of another implementation.
+    generate, preprocess, train, evaluate, export, score, report. `photon study` trains several ways of choosing tokens
+    and shows where they look. `photon parity` compares the model with the numbers of another implementation.
 
     Exit codes: 0 all is well; 1 an error, told in one line with its code (see docs/errors.md); 2 wrong usage
     or an unexpected fault; 3 done, but some scans were refused or some rows have an error.

@@ -46,11 +46,12 @@ def study(
     test patients; photon also with its tokens taken away, exchanged with another question's, and drawn at random.
 
     DATA is a folder that `photon generate`, `photon questions` or `photon import` made and `photon preprocess` filled,
-    with questions in the splits train, val and test. Label maps in raw/labels are needed for what is said about regions.
+    with questions in the splits train, val and test. Label maps in raw/labels are needed for what is said about
+    regions.
 
-    Writes study.html (read this), study.json (every number), and folders such as seed-0/photon/ with checkpoint, history.jsonl and
-    answers.parquet. Every training is a run in MLflow. Killed, the same command goes on where it was; with one more
-    seed or variant it trains only that one.
+    Writes study.html (read this), study.json (every number), and folders such as seed-0/photon/ with checkpoint,
+    history.jsonl and answers.parquet. Every training is a run in MLflow. Killed, the same command goes on where it was;
+    with one more seed or variant it trains only that one.
 
     Example: `photon study --preset small --data data --output out/study`
     """

@@ -12,6 +12,7 @@ settings.apply()
 from prefect import flow  # noqa: E402
 
 from flows.progress import show_progress  # noqa: E402
+from photon.training.loop import Precision  # noqa: E402
 from pipelines.study.run import run_preset  # noqa: E402
 
 
@@ -25,7 +26,7 @@ def study_flow(
     keep_ratio: float | None = None,
     workers: int | None = None,
     device: str = "auto",
-    precision: str = "float32",
+    precision: Precision = "float32",
     is_fresh: bool = False,
 ) -> str:
     """Token policies trained side by side. Returns the path of ``study.json``.
@@ -34,8 +35,8 @@ def study_flow(
         preset: ``small``, ``medium``, ``full``, ``real``, ``ablations`` or ``smoke``. data: preprocessed data folder.
         output: folder of the results; a repeated call goes on where the last one stopped. seeds, variants: others than
         the preset's. keep_ratio: share of tokens of the policies that keep a set number. workers: trainings that run at
-        a time. device: ``auto``, ``cpu`` or ``cuda``. precision: ``float32`` or ``bfloat16``. is_fresh: repeat parts that
-        are finished and unchanged.
+        a time. device: ``auto``, ``cpu`` or ``cuda``. precision: ``float32`` or ``bfloat16``. is_fresh: repeat parts
+        that are finished and unchanged.
     """
     with show_progress("study") as on_progress:
         result = run_preset(

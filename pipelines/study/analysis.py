@@ -1,8 +1,7 @@
 """From a study's tables to its record: what each policy scores, keeps, costs, and where it looks.
 
-Every interval is a 95 % patient-level bootstrap interval of the mean over seeds; ``by_seed`` and ``seed_sd`` beside it say
-how far the seeds are apart.
-"""
+Every interval is a 95 % patient-level bootstrap interval of the mean over seeds; ``by_seed`` and ``seed_sd`` beside it
+say how far the seeds are apart."""
 
 from __future__ import annotations
 
@@ -44,9 +43,9 @@ def analyse(answers: Rows, runs: Sequence[RunRecord], *, rare_subtypes: Sequence
         rare_subtypes: reported by themselves, and together as "rare findings".
 
     Returns:
-        ``questions`` (how many, the chance level), ``accuracy``, ``differences``, ``findings``, ``tokens``, ``regions``,
-        ``region_differences``, ``instructions``, ``what_if``, ``rare`` and ``cost``; docs/evidence.md says what each
-        number means.
+        ``questions`` (how many, the chance level), ``accuracy``, ``differences``, ``findings``, ``tokens``,
+        ``regions``, ``region_differences``, ``instructions``, ``what_if``, ``rare`` and ``cost``; docs/evidence.md says
+        what each number means.
     """
     variants = list(dict.fromkeys(run.variant for run in runs))
     own = answers.filter(condition=TRAINED)
@@ -139,23 +138,23 @@ def _finding(rows: Rows) -> dict[str, Any]:
 def _tokens(rows: Rows) -> dict[str, Any]:
     """Visual tokens that answers were given from: over all questions and seeds, by family and by subtype."""
     shared = rows.with_columns(share=pl.col("num_kept") / pl.col("num_tokens"))
-    kept = shared["num_kept"]
+    kept = shared["num_kept"].to_numpy()
     return {
         "of": float(shared["num_tokens"].mean()),  # type: ignore[arg-type]
         "share": seeded_mean(shared, "share"),
         **_spread(shared),
-        "min": int(kept.min()),  # type: ignore[call-overload]
-        "max": int(kept.max()),  # type: ignore[call-overload]
+        "min": int(kept.min()),
+        "max": int(kept.max()),
         "family": {name: _spread(part) for name, part in _parts(shared, "family")},
         "subtype": {name: _spread(part) for name, part in _parts(shared, "subtype")},
     }
 
 
 def _spread(rows: Rows) -> dict[str, float]:
-    kept = rows["num_kept"].cast(pl.Float64)
+    kept = rows["num_kept"].to_numpy()
     return {
-        "mean": float(kept.mean()),  # type: ignore[arg-type]
-        "sd": float(kept.std() or 0.0),
+        "mean": float(kept.mean()),
+        "sd": float(kept.std(ddof=1)) if len(kept) > 1 else 0.0,
         "mean_share": float(rows["share"].mean()),  # type: ignore[arg-type]
     }
 

@@ -18,8 +18,8 @@ CONDITIONS = (TRAINED, "all tokens", "removed", "none", "swapped", "random", "pa
 """Which visual tokens an answer was given from. Apart from the first: every token; the complement of the kept ones; no
 token; those kept for a question about another place in the same scan; as many as were kept, drawn at random; those kept
 for the same question in other words. The weights are the same in all of them, and so are the layers up to the pruning
-layer, in which the question's words see the whole scan whatever is kept afterwards: what "none" scores above the model of
-the text alone has come through them."""
+layer, in which the question's words see the whole scan whatever is kept afterwards: what "none" scores above the model
+of the text alone has come through them."""
 
 STUDY_SCHEMA: dict[str, Any] = {
     "variant": pl.String,
@@ -50,11 +50,11 @@ STUDY_SCHEMA: dict[str, Any] = {
 }
 """`kept` lists the visual tokens that were used, as numbers in the scan's whole grid; it is null where tokens have no
 place in it (no scan, pooled tokens). `organ_region` and `lesion_region` list the tokens that hold the organ asked about
-and the lesion asked about, null where the label map shows no such thing; `place` lists the values of the label map that the
-question is about, so that questions without a common one are about different places, null where they are not known. The
-three are filled in the condition "trained" alone. `gold_probability` is the right option's share among the options, null for questions without options. `seconds`
-is the question's share of the time of all questions about its scan, the encoding of the scan left out;
-`encode_seconds` is that encoding's time, spent once a scan."""
+and the lesion asked about, null where the label map shows no such thing; `place` lists the values of the label map that
+the question is about, so that questions without a common one are about different places, null where they are not known.
+The three are filled in the condition "trained" alone. `gold_probability` is the right option's share among the options,
+null for questions without options. `seconds` is the question's share of the time of all questions about its scan, the
+encoding of the scan left out; `encode_seconds` is that encoding's time, spent once a scan."""
 
 
 def write_study_answers(rows: Sequence[dict[str, object]], target: Path) -> pl.DataFrame:

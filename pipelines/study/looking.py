@@ -62,10 +62,9 @@ def scan_looks(answers: pl.DataFrame) -> Iterator[ScanLooks]:
 def region_shares(looks: Sequence[ScanLooks]) -> pl.DataFrame:
     """One row a seed and question whose region is in the scan.
 
-    Columns beside those that name the question: ``asked_share`` of the region's tokens that were kept, ``overall_share``
-    of all tokens, ``unasked_share`` of the same region's tokens kept, on average, by the questions about other places in
-    the scan (null where there is none), ``about`` ("lesion" or "organ").
-    """
+    Columns beside those that name the question: ``asked_share`` of the region's tokens that were kept,
+    ``overall_share`` of all tokens, ``unasked_share`` of the same region's tokens kept, on average, by the questions
+    about other places in the scan (null where there is none), ``about`` ("lesion" or "organ")."""
     names = ("seed", "question_id", "patient_id", "family", "subtype", "organ")
     tables = []
     for look in looks:

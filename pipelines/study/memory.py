@@ -19,7 +19,7 @@ def reset_peak() -> None:
 
 
 def peak_memory() -> dict[str, float]:
-    """``peak_mib`` of the process' resident memory since :func:`reset_peak`, and ``cuda_peak_mib`` (0 without a GPU)."""
+    """``peak_mib`` of the process' resident memory since :func:`reset_peak`; ``cuda_peak_mib``, 0 without a GPU."""
     has_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
     return {
         "peak_mib": _resident_peak_mib(),

@@ -40,12 +40,11 @@ class WarmUpRecord(Record):
 class RunRecord(Record):
     """A variant trained from one seed and what it answered.
 
-    `accuracy`, `num_kept` and `num_tokens` are means over the questions of the split. `questions_per_second` is of a step
-    of the last training stage, batches already made; `step_seconds` is its median time. `train_peak_mib` and
+    `accuracy`, `num_kept` and `num_tokens` are means over the questions of the split. `questions_per_second` is of a
+    step of the last training stage, batches already made; `step_seconds` is its median time. `train_peak_mib` and
     `answer_peak_mib` are the largest resident memory of the process that trained and of the one that answered, the
     scans that it holds included; `*_cuda_peak_mib` what PyTorch took on a GPU (0 without one). `encode_seconds` is the
-    mean time of a scan's encoding, `answer_seconds` that of a question after it.
-    """
+    mean time of a scan's encoding, `answer_seconds` that of a question after it."""
 
     variant: str
     seed: int

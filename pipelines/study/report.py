@@ -37,8 +37,8 @@ def write_study(spec: StudySpec, data: Path, output: Path, records: Mapping[str,
     runs = [record for record in records.values() if isinstance(record, RunRecord)]
     runs.sort(key=lambda run: (order.index(run.variant), run.seed))
     warm_ups = [record for record in records.values() if isinstance(record, WarmUpRecord)]
-    tables = [Path(record.answers) for record in [*runs, *warm_ups]]
-    answers = read_study_answers(*tables)
+    tables = [*(record.answers for record in runs), *(record.answers for record in warm_ups)]
+    answers = read_study_answers(*map(Path, tables))
     asked = set(answers["question_id"].unique().to_list())
     answers = pl.concat([answers, majority_answers(data, asked, seed=spec.seeds[0])])
     content: dict[str, Any] = {
@@ -105,7 +105,7 @@ def _histories(runs: Sequence[RunRecord], warm_ups: Sequence[WarmUpRecord]) -> d
 def table_of(content: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The result in short, for people: a heading and one row a policy."""
     header = ("policy", "right, %", "95 % interval", "tokens", "of the region asked about, %", "of all, %")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in [*content["variants"], *(name for name in BASELINES if name in content["accuracy"])]:
         score = content["accuracy"][name]["all"]
         tokens = content["tokens"].get(name)

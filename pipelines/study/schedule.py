@@ -64,7 +64,11 @@ class SharedProgress:
     def of(self, name: str, span: Span = WHOLE) -> OnProgress:
         """The callback of one piece of a part, which takes it from the first share of ``span`` to the second."""
         start, end = span
-        return lambda done, total, label="": self._note(name, start + (end - start) * done / max(total, 1), label)
+
+        def on_progress(done: int, total: int, label: str = "") -> None:
+            self._note(name, start + (end - start) * done / max(total, 1), label)
+
+        return on_progress
 
     def finish(self, name: str) -> None:
         """A part is over, or was over before."""

@@ -42,11 +42,11 @@ def headline(content: Content) -> Markup:
     accuracy, tokens, asked = content["accuracy"][main]["all"], content["tokens"][main], content["questions"]
     seeds = len(asked["seeds"])
     words = [
-        f"{asked['num_questions']} questions about {asked['num_scans']} scans of {asked['num_patients']} patients, none of "
-        f"whom was trained on, answered by models from {seeds} {'seed' if seeds == 1 else 'seeds'}. Guessing among the "
-        f"options scores {percent(asked['chance'])}.",
-        f"With {tokens['mean']:.0f} of {tokens['of']:.0f} visual tokens on average ({tokens['min']} to {tokens['max']} by "
-        f"question) {main} scores {percent(accuracy['value'])} ({interval_text(accuracy)}).",
+        f"{asked['num_questions']} questions about {asked['num_scans']} scans of {asked['num_patients']} patients, "
+        f"none of whom was trained on, answered by models from {seeds} {'seed' if seeds == 1 else 'seeds'}. "
+        f"Guessing among the options scores {percent(asked['chance'])}.",
+        f"With {tokens['mean']:.0f} of {tokens['of']:.0f} visual tokens on average ({tokens['min']} to {tokens['max']} "
+        f"by question) {main} scores {percent(accuracy['value'])} ({interval_text(accuracy)}).",
     ]
     words += [
         f"Against {name}: {difference_text(content['differences'][f'{main} - {name}']['all'])}."
@@ -67,8 +67,8 @@ def headline(content: Content) -> Markup:
             f"({kept['low']:.2f} to {kept['high']:.2f})."
         )
     how = (
-        "Intervals are 95 % bootstrap intervals that resample patients, of the mean over seeds; how far the seeds are apart "
-        "is said beside them."
+        "Intervals are 95 % bootstrap intervals that resample patients, of the mean over seeds; how far the seeds are "
+        "apart is said beside them."
     )
     return join(tag("div", *cards, class_="cards"), *(tag("p", text) for text in words), tag("p", how, class_="soft"))
 
@@ -136,9 +136,9 @@ def looking(content: Content) -> Markup:
     headings = ["Policy", "Region asked about", "All tokens", "The region when not asked about", "Asked / all",
                 "Asked − all", "Asked − not asked"]  # fmt: skip
     words = (
-        "Tokens kept, in percent, of the lesion asked about where it is there, else of the organ. A policy blind to the "
-        "question keeps a region as often when it is asked about as when it is not; one that keeps at random keeps it as "
-        "often as everything else."
+        "Tokens kept, in percent, of the lesion asked about where it is there, else of the organ. A policy blind to "
+        "the question keeps a region as often when it is asked about as when it is not; one that keeps at random "
+        "keeps it as often as everything else."
     )
     parts = [tag("p", words), table(headings, rows), _tests(content)]
     found = [entry for entry in content["regions"].get(main, []) if entry["group"] in ("about", "subtype")]
@@ -168,10 +168,10 @@ def what_if(content: Content) -> Markup:
                     )
                 )
     words = (
-        f"The same weights of {content['main']}, answering from other visual tokens than those that it keeps. If the kept "
-        "tokens hold what the answer needs, then the rest, or those of another question, must not do. Whatever is kept, the "
-        "question's words have seen the whole scan in the layers before pruning: what is right without any token came "
-        "through them."
+        f"The same weights of {content['main']}, answering from other visual tokens than those that it keeps. If the "
+        "kept tokens hold what the answer needs, then the rest, or those of another question, must not do. Whatever is "
+        "kept, the question's words have seen the whole scan in the layers before pruning: what is right without any "
+        "token came through them."
     )
     headings = ["Answered from", "Tokens", "Right, %", "Change", "Right option's probability, %", "Change "]
     return join(tag("p", words), table(headings, rows))
@@ -243,9 +243,9 @@ def training(content: Content, histories: Mapping[str, Sequence[History]]) -> Ma
     headings = ["Policy", "Questions trained on a second", "ms a step", "MiB in training", "MiB answering",
                 "ms to encode a scan", "ms a question after that"]  # fmt: skip
     words = (
-        "Training steps of the last stage without the making of batches. Where the vision tower is frozen a clean scan's "
-        "tokens are computed once, so steps are the decoder's. Memory is the largest of the process, or on a GPU what "
-        "PyTorch took."
+        "Training steps of the last stage without the making of batches. Where the vision tower is frozen a clean "
+        "scan's tokens are computed once, so steps are the decoder's. Memory is the largest of the process, or on a "
+        "GPU what PyTorch took."
     )
     return join(chart, tag("p", words, class_="soft"), table(headings, rows))
 
@@ -279,8 +279,9 @@ def _tests(content: Content) -> Markup:
         )
     headings = ["Policy", "Same question, other words", "Other question", "p", "Same organ", "Other organ", "p "]
     words = (
-        "Do two questions about one scan keep different tokens? Mean Jaccard distance of the kept sets (0 same, 1 disjoint). "
-        "The first p: paraphrases exchanged among the questions of a scan; the second: organs exchanged among them."
+        "Do two questions about one scan keep different tokens? Mean Jaccard distance of the kept sets (0 same, 1 "
+        "disjoint). The first p: paraphrases exchanged among the questions of a scan; the second: organs exchanged "
+        "among them."
     )
     return join(tag("h3", "Different questions, different tokens"), tag("p", words), table(headings, rows))
 

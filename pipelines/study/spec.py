@@ -92,6 +92,8 @@ class StudySpec:
     """Batches of the warm-up and the text-only model."""
     pruned_draw: Draw = _PRUNED_DRAW
     """Batches of the variants."""
+    naming_max_shift: tuple[int, int, int] = (6, 6, 6)
+    """Voxels along z, y, x by which volumes move while the vision tower learns; once it is frozen they rest."""
     naming_learning_rate: float = 6e-3
     naming_scans_per_step: int = 8
     margin: float = 0.1

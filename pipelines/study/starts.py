@@ -50,7 +50,7 @@ def write_vision_start(
         source = NamingSource(scans, labels, config, scans_per_step=spec.naming_scans_per_step, seed=seed)
         pretrain_vision(
             model.visual,
-            lambda step: source.batch(step, spec.draw.max_shift),
+            lambda step: source.batch(step, spec.naming_max_shift),
             spec.naming,
             num_labels=source.num_labels,
             on_step=on_step or (lambda _step, _loss: None),

@@ -25,7 +25,7 @@ class Variant:
     lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Steps that differ from the study's: ``alignment``, ``soft``, ``hard``, ``flip_after``."""
     has_own_warm_up: bool = False
-    """Warms up by itself from the vision start, under its own configuration, for as many steps as the shared one took."""
+    """Warms up by itself from the vision start under its own configuration, as many steps as the shared one took."""
     freeze_vision: bool = True
     """Whether the vision tower stays as the vision start left it."""
     conditions: tuple[str, ...] = ()

@@ -16,10 +16,10 @@ import polars as pl
 
 from pipelines.dataset import Draw
 from pipelines.study.answer_table import TRAINED
-from pipelines.study.answering import answer_split
 from pipelines.study.memory import peak_memory, reset_peak
 from pipelines.study.spec import StudySpec
 from pipelines.study.starts import write_vision_start
+from pipelines.study.what_if import answer_split
 from pipelines.tracking import Tracker
 from pipelines.train import train
 from pipelines.train_spec import TrainSpec
@@ -95,7 +95,7 @@ def answer_questions(
     tracker: Tracker,
     on_progress: Progress,
 ) -> dict[str, Any]:
-    """:func:`pipelines.study.answering.answer_split`, with the means of its table and what it took."""
+    """:func:`pipelines.study.what_if.answer_split`, with the means of its table and what it took."""
     reset_peak()
     table = answer_split(
         checkpoint,

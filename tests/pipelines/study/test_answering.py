@@ -13,8 +13,9 @@ from pipelines.dataset import read_split
 from pipelines.predict import TorchAnswerer
 from pipelines.questions import read_questions
 from pipelines.study.answer_table import CONDITIONS, STUDY_SCHEMA, TRAINED, read_study_answers, write_study_answers
-from pipelines.study.answering import StudyAnswerer, answer_split, donors, other_wordings
+from pipelines.study.answering import StudyAnswerer
 from pipelines.study.asked import read_asked_regions
+from pipelines.study.what_if import answer_split, donors, other_wordings
 
 
 @pytest.fixture(scope="module")
