@@ -69,24 +69,32 @@ def retrain(
 @command
 def generate(
     output: Annotated[Path, typer.Option(help="Data folder to fill.")] = Path("data"),
-    preset: Annotated[str, typer.Option(help="How many patients: demo or smoke.")] = "demo",
+    preset: Annotated[
+        str,
+        typer.Option(help="Patients: demo, smoke; of PhantomVQA: vqa-small, vqa-medium, vqa-full, vqa-smoke."),
+    ] = "demo",
     seed: Annotated[int, typer.Option(help="Another seed, other patients.")] = 0,
 ) -> None:
     """Make an archive of CT phantoms with label maps and questions.
 
     Writes raw/ (scans, label maps, scans.csv) and questions.jsonl. One preset and seed give the same bytes
-    everywhere.
+    everywhere. PhantomVQA (docs/phantom-vqa.md) is the benchmark form: balanced closed questions, rare findings.
 
     Example: `photon generate --preset smoke --output data-smoke`
     """
     import dataclasses
 
+    from pipelines.phantom_vqa import stage as phantom_vqa
+    from pipelines.phantom_vqa.cohort import PHANTOM_VQA_SPECS, PhantomVqaSpec
     from pipelines.phantoms import PHANTOM_SPECS
     from pipelines.phantoms import generate as make_phantoms
 
-    spec = dataclasses.replace(choose(PHANTOM_SPECS, preset), seed=seed)
+    spec = dataclasses.replace(choose({**PHANTOM_SPECS, **PHANTOM_VQA_SPECS}, preset), seed=seed)
     with show_progress("generate") as on_progress:
-        record = make_phantoms(spec, output, on_progress)
+        if isinstance(spec, PhantomVqaSpec):
+            record = phantom_vqa.generate(spec, output, on_progress)
+        else:
+            record = make_phantoms(spec, output, on_progress)
     show_results(
         scans=f"{record.num_scans} of {record.num_patients} patients in {output / 'raw'}",
         questions=f"{record.num_questions} in {output / 'questions.jsonl'}",
@@ -100,7 +108,9 @@ def preprocess(
         typer.Option(help="Folder of scans, searched with its sub-folders and archives; or a .tar, .tar.gz or .zip."),
     ],
     output: Annotated[Path, typer.Option(help="Folder for the volumes and manifest.parquet.")],
-    preset: Annotated[str, typer.Option(help="Grid: demo, smoke, iso1mm or photon.")] = "demo",
+    preset: Annotated[
+        str, typer.Option(help="Grid: demo, smoke, iso1mm, photon, vqa-small, vqa-medium or vqa-full.")
+    ] = "demo",
     modality: Modality = "auto",
     trust: Annotated[
         Trusted | None, typer.Option(help="What counts where a NIfTI header contradicts itself; default: refuse it.")

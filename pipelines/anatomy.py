@@ -92,8 +92,8 @@ class Lesion:
     hu: int
 
 
-def draw_patient(random: np.random.RandomState, traits: Mapping[str, int]) -> Patient:
-    """A patient's constant anatomy."""
+def draw_patient(random: np.random.RandomState, traits: Mapping[str, int], *, spread: float = 0.07) -> Patient:
+    """A patient's constant anatomy; organs' edges vary by ``spread`` either way."""
 
     def around(width: float) -> float:
         return float(1.0 + width * random.randint(-1000, 1001) / 1000)
@@ -102,7 +102,7 @@ def draw_patient(random: np.random.RandomState, traits: Mapping[str, int]) -> Pa
         return float(low + (high - low) * random.randint(0, 1001) / 1000)
 
     scale = {
-        name: around(0.07)
+        name: around(spread)
         for name in ("left lung", "right lung", "heart", "aorta", "liver", "spleen", "spine", "stomach")
     }
     larger = 1.0 + between(0.08, 0.16)
@@ -135,10 +135,11 @@ class Canvas:
 
     Args:
         axes_mm: voxel centres along x, y, z in patient millimetres; arrays are [x, y, z].
+        values: the value of every label by its name.
     """
 
-    def __init__(self, axes_mm: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-        self.axes_mm = axes_mm
+    def __init__(self, axes_mm: tuple[np.ndarray, np.ndarray, np.ndarray], values: Mapping[str, int] = LABELS) -> None:
+        self.axes_mm, self.values = axes_mm, values
         shape = tuple(len(axis) for axis in axes_mm)
         self.hu = np.full(shape, -1000, np.int16)
         self.labels = np.zeros(shape, np.uint8)
@@ -199,9 +200,9 @@ class Canvas:
         within: tuple[str, ...] | None,
     ) -> None:
         if within is not None:
-            mask = mask & np.isin(self.labels[box], [LABELS[name] for name in within])
+            mask = mask & np.isin(self.labels[box], [self.values[name] for name in within])
         self.hu[box][mask] = hu
-        self.labels[box][mask] = LABELS[label] if label else 0
+        self.labels[box][mask] = self.values[label] if label else 0
 
 
 def paint_patient(canvas: Canvas, patient: Patient, findings: Mapping[str, int], random: np.random.RandomState) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from photon.config import PhotonConfig
 from photon.errors import PhotonError
-from photon.grid import Grid, num_visual_tokens, occupied_tokens, patch_rows, patchify
+from photon.grid import Grid, grid_of, num_visual_tokens, occupied_tokens, patch_rows, patchify
 from photon.model.contexts import encoded, reduced
 from photon.model.packing import IGNORE_INDEX, Branch, Context, pack_batch
 from photon.model.vision import VisionTower
@@ -229,6 +229,16 @@ class NamingSource:
         ]
         self.num_labels = 1 + max(int(label_map.max()) for label_map in self._labels)
 
+    def frequencies(self) -> Tensor:
+        """Share of visual tokens that hold each structure: float [K]."""
+        vision = self.config.vision
+        return torch.stack(
+            [self._targets(label_map, grid_of(label_map.shape, vision)).mean(0) for label_map in self._labels]
+        ).mean(0)
+
+    def _targets(self, label_map: np.ndarray, grid: Grid) -> Tensor:
+        return token_labels(torch.from_numpy(label_map), grid, self.config.vision, self.num_labels, self.MIN_FRACTION)
+
     def batch(self, step: int, max_shift: tuple[int, int, int]) -> NamingBatch:
         """Batch of a step, volumes and labels moved together by up to ``max_shift`` voxels."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
@@ -238,12 +248,12 @@ class NamingSource:
             volume, shift = self.scans[index].volume, draw_shift(max_shift, generator)
             moved = normalise(shifted(volume.voxels, shift, volume.spec.window_hu[0]), volume.spec.window_hu)
             cut, grid = patchify(torch.from_numpy(moved), vision)
-            label_map = torch.from_numpy(shifted(self._labels[index], shift, 0))
+            label_map = shifted(self._labels[index], shift, 0)
             own = occupied_tokens(cut, vision)
             patches.append(cut[patch_rows(own, vision)])
             grids.append(grid)
             present.append(own + num_tokens)
-            targets.append(token_labels(label_map, grid, vision, self.num_labels, self.MIN_FRACTION)[own])
+            targets.append(self._targets(label_map, grid)[own])
             num_tokens += num_visual_tokens(grid, vision)
         return NamingBatch(torch.cat(patches), tuple(grids), torch.cat(targets), torch.cat(present))
 

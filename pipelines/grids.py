@@ -104,6 +104,9 @@ class VolumeSpec:
 VOLUME_SPECS = {
     "demo": VolumeSpec(spacing_mm=3.0, shape=(84, 112, 112), window_hu=(-200, 300)),
     "smoke": VolumeSpec(spacing_mm=6.0, shape=(42, 56, 56), window_hu=(-200, 300)),
+    "vqa-small": VolumeSpec(spacing_mm=(3.0, 2.25, 2.4), shape=(84, 112, 140), window_hu=(-200, 300)),
+    "vqa-medium": VolumeSpec(spacing_mm=(2.25, 1.5, 1.5), shape=(112, 168, 224), window_hu=(-200, 300)),
+    "vqa-full": VolumeSpec(spacing_mm=(1.8, 1.0, 1.0), shape=(140, 252, 336), window_hu=(-200, 300)),
     "iso1mm": VolumeSpec(spacing_mm=1.0, shape=(364, 364, 364), window_hu=(-1000, 1000)),
     "photon": VolumeSpec(spacing_mm=None, shape=(140, 280, 280), window_hu=(-1000, 1000)),
 }

@@ -20,6 +20,10 @@ REGIONS = {
     "left kidney": ("left kidney", "left kidney cyst"),
     "right kidney": ("right kidney", "right kidney cyst"),
     "kidneys": ("left kidney", "left kidney cyst", "right kidney", "right kidney cyst"),
+    "lungs and kidneys": (
+        *("left lung", "left nodule", "left effusion", "right lung", "right nodule", "right effusion"),
+        *("left kidney", "left kidney cyst", "right kidney", "right kidney cyst"),
+    ),
 }
 """The labels that make up an organ that a question asks about; every other label stands for itself."""
 
@@ -58,11 +62,15 @@ class Measurements:
 
     Args:
         hu: scan in HU [i, j, k], any axes.
-        labels: label map with the values of LABELS, same shape.
+        labels: label map of the same shape.
         affine: [4, 4], array index to world RAS mm.
+        values: the value of every label by its name.
     """
 
-    def __init__(self, hu: np.ndarray, labels: np.ndarray, affine: np.ndarray) -> None:
+    def __init__(
+        self, hu: np.ndarray, labels: np.ndarray, affine: np.ndarray, values: Mapping[str, int] = LABELS
+    ) -> None:
+        self.values = values
         frame = frame_of(labels.shape, affine)
         self.hu = frame.canonical(hu)
         self.labels = frame.canonical(labels)
@@ -72,17 +80,17 @@ class Measurements:
 
     def volume_ml(self, label: str) -> float:
         """Volume of a label, without the lesions that have their own."""
-        return float(self._num_voxels[LABELS[label]]) * self.voxel_ml
+        return float(self._num_voxels[self.values[label]]) * self.voxel_ml
 
     def mean_hu(self, label: str) -> float:
         """Mean density of a label; it must be there."""
-        is_organ = self.labels == LABELS[label]
-        return int(self.hu[is_organ].sum(dtype=np.int64)) / int(self._num_voxels[LABELS[label]])
+        is_organ = self.labels == self.values[label]
+        return int(self.hu[is_organ].sum(dtype=np.int64)) / int(self._num_voxels[self.values[label]])
 
     def lesions(self, label: str) -> list[Lesion]:
         """Connected regions of a lesion label of at least 0.5 mL, largest first."""
         found = []
-        for points in components(self.labels == LABELS[label]):
+        for points in components(self.labels == self.values[label]):
             volume_ml = len(points) * self.voxel_ml
             if volume_ml >= MIN_LESION_ML:
                 centre = tuple(int(points[:, axis].sum()) / len(points) for axis in range(3))
@@ -100,12 +108,12 @@ class Measurements:
 
     def abdominal_aorta_mm(self) -> float:
         """Largest diameter of the aorta in the axial slices below the heart (circle of the same area)."""
-        first = int(np.flatnonzero((self.labels == LABELS["heart"]).any(axis=(1, 2)))[0])
-        counts = np.count_nonzero(self.labels[:first] == LABELS["aorta"], axis=(1, 2))
+        first = int(np.flatnonzero((self.labels == self.values["heart"]).any(axis=(1, 2)))[0])
+        counts = np.count_nonzero(self.labels[:first] == self.values["aorta"], axis=(1, 2))
         return 2.0 * math.sqrt(int(counts.max()) * self.spacing_mm[1] * self.spacing_mm[2] / math.pi)
 
     def heart_to_chest_ratio(self) -> float:
         """Width of the heart over the width of both lungs together."""
-        heart = np.flatnonzero((self.labels == LABELS["heart"]).any(axis=(0, 1)))
+        heart = np.flatnonzero((self.labels == self.values["heart"]).any(axis=(0, 1)))
         lungs = np.flatnonzero(organ_mask(self.labels, "lungs").any(axis=(0, 1)))
         return (int(heart[-1]) - int(heart[0]) + 1) / (int(lungs[-1]) - int(lungs[0]) + 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -101,8 +101,31 @@ def make_phantom(visit: Visit, seed: int) -> Phantom:
     anatomy = np.random.RandomState([seed, visit.patient_seed])
     patient = draw_patient(anatomy, visit.traits)
     random = np.random.RandomState([seed, visit.patient_seed, visit.visit])
-    in_plane_mm = float(random.randint(34, 44)) / 10
-    slice_mm = float(random.randint(30, 51)) / 10
+    return take_scan(
+        random,
+        lambda canvas: paint_patient(canvas, patient, visit.findings, anatomy),
+        in_plane_tenths_mm=(34, 44),
+        slice_tenths_mm=(30, 51),
+    )
+
+
+def take_scan(
+    random: np.random.RandomState,
+    paint: Callable[[Canvas], None],
+    *,
+    in_plane_tenths_mm: tuple[int, int],
+    slice_tenths_mm: tuple[int, int],
+    values: Mapping[str, int] = LABELS,
+) -> Phantom:
+    """Paint a body on a grid drawn from ``random``, blur it, add noise, store it along axes drawn from it.
+
+    Args:
+        paint: paints the body.
+        in_plane_tenths_mm, slice_tenths_mm: range of voxel edges, its end left out.
+        values: the value of every label by its name.
+    """
+    in_plane_mm = float(random.randint(*in_plane_tenths_mm)) / 10
+    slice_mm = float(random.randint(*slice_tenths_mm)) / 10
     spacing = (in_plane_mm, in_plane_mm, slice_mm)
     extent = (322 + random.randint(0, 14), 256 + random.randint(0, 31), 240 + random.randint(0, 12))
     centre = [float(random.randint(-60, 61)) / 10 for _ in range(3)]
@@ -110,8 +133,8 @@ def make_phantom(visit: Visit, seed: int) -> Phantom:
     axes = tuple(
         middle + step * (np.arange(n) - (n - 1) / 2) for middle, step, n in zip(centre, spacing, shape, strict=True)
     )
-    canvas = Canvas(axes)  # type: ignore[arg-type]
-    paint_patient(canvas, patient, visit.findings, anatomy)
+    canvas = Canvas(axes, values)  # type: ignore[arg-type]
+    paint(canvas)
     hu = _noisy(_blurred(canvas.hu), random)
     origin = [float(random.randint(-2000, 2001)) / 10 for _ in range(3)]
     first = [float(axis[0]) + shift for axis, shift in zip(axes, origin, strict=True)]

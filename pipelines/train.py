@@ -191,7 +191,7 @@ class _Run:
             model.visual,
             lambda step: source.batch(step, self.spec.draw.max_shift),
             config,
-            num_labels=source.num_labels,
+            frequencies=source.frequencies(),
             on_step=on_step,
         )
 

@@ -29,7 +29,9 @@ class NamingConfig:
     patch_learning_rate: float = 3e-4
     weight_decay: float = 0.05
     positive_weight: float = 4.0
-    """Weight of a structure's presence against its absence; most boxes hold few structures."""
+    """Least weight of a structure's presence against its absence; most boxes hold few structures."""
+    largest_positive_weight: float = 4.0
+    """Largest weight of a presence: between the two it is absences over presences, so that rare structures count."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,17 +76,18 @@ def pretrain_vision(
     batch_at: Callable[[int], NamingBatch],
     config: NamingConfig,
     *,
-    num_labels: int,
+    frequencies: Tensor,
     on_step: Callable[[int, float], None],
 ) -> None:
     """Train the tower, in place and where it is, to name what each visual token holds.
 
     Args:
         batch_at: batch of a step, on any device.
+        frequencies: [K] share of visual tokens that hold each structure.
         on_step: called after every step with its number and its loss.
     """
     device = tower.vision_patch_embed.proj.weight.device
-    head = nn.Linear(tower.config.out_hidden_size, num_labels, device=device)
+    head = nn.Linear(tower.config.out_hidden_size, frequencies.shape[0], device=device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     patch = list(tower.vision_patch_embed.parameters())
@@ -95,7 +98,8 @@ def pretrain_vision(
     ]
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=config.weight_decay)
     bases = [group["lr"] for group in optimiser.param_groups]
-    weight = torch.full((num_labels,), config.positive_weight, device=device)
+    odds = (1 - frequencies) / frequencies.clamp_min(1e-6)
+    weight = odds.clamp(config.positive_weight, config.largest_positive_weight).to(device)
     for step in range(config.num_steps):
         rise = min((step + 1) / 10, 1.0)
         fall = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / config.num_steps))

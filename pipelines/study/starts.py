@@ -52,7 +52,7 @@ def write_vision_start(
             model.visual,
             lambda step: source.batch(step, spec.naming_max_shift),
             spec.naming,
-            num_labels=source.num_labels,
+            frequencies=source.frequencies(),
             on_step=on_step or (lambda _step, _loss: None),
         )
     _write(model, prompter, folder)

@@ -367,7 +367,7 @@ def test_vision_pretraining(place: Place) -> None:
             model.visual,
             lambda _: batch,
             NamingConfig(num_steps=3),
-            num_labels=3,
+            frequencies=torch.full((3,), 0.5),
             on_step=lambda _, loss, to=noted: to.append(loss),  # type: ignore[misc]
         )
     assert losses[1] == [place.equals(loss, 1e-2) for loss in losses[0]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -40,7 +42,13 @@ def test_the_tower_learns_to_name_what_a_token_holds() -> None:
     model, losses = micro_model(), []
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     config = NamingConfig(num_steps=60)
-    pretrain_vision(model.visual, batch_at, config, num_labels=2, on_step=lambda step, loss: losses.append(loss))
+    pretrain_vision(
+        model.visual,
+        batch_at,
+        config,
+        frequencies=torch.tensor([0.9, 0.1]),
+        on_step=lambda step, loss: losses.append(loss),
+    )
     assert len(losses) == 60
     assert sum(losses[-5:]) / 5 < 0.3 * losses[0]
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
@@ -54,7 +62,28 @@ def test_pretraining_depends_on_its_input_alone() -> None:
         patches, grid = patchify(torch.rand(2, 4, 8, generator=torch.Generator().manual_seed(0)), VISION)
         batch = NamingBatch(patches, (grid,), torch.eye(2))
         config = NamingConfig(num_steps=3)
-        pretrain_vision(model.visual, lambda step: batch, config, num_labels=2, on_step=lambda step, loss: None)
+        pretrain_vision(
+            model.visual,
+            lambda step: batch,
+            config,
+            frequencies=torch.tensor([0.9, 0.1]),
+            on_step=lambda step, loss: None,
+        )
         return torch.cat([parameter.detach().flatten() for parameter in model.visual.parameters()])
 
     assert torch.equal(trained(1), trained(2))
+
+
+def test_rare_structures_weigh_more_within_limits() -> None:
+    """The naming head starts at zero, so the first loss of a presence is its weight times log 2."""
+    patches, grid = patchify(torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(0)), VISION)
+    batch = NamingBatch(patches, (grid,), torch.ones(1, 3))
+    losses: list[float] = []
+    pretrain_vision(
+        micro_model().visual,
+        lambda step: batch,
+        NamingConfig(num_steps=1, positive_weight=2.0, largest_positive_weight=20.0),
+        frequencies=torch.tensor([0.5, 0.1, 0.0]),
+        on_step=lambda step, loss: losses.append(loss),
+    )
+    assert losses[0] == pytest.approx((2.0 + 9.0 + 20.0) / 3 * math.log(2), rel=1e-5)
