@@ -7,14 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.cli_support import Data, command, show_log, show_results, show_table
+from flows.cli_support import command, show_log, show_results, show_table
 from flows.cli_training import Device, Precision
 from flows.progress import show_progress
 
 
 @command
 def study(
-    data: Data = Path("data"),
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Data folder: questions.jsonl, volumes/, raw/labels/; an empty one is filled with PhantomVQA. Default "
+            "out/ and the benchmark's name."
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the results; default out/study and the preset's name.")
     ] = None,
@@ -45,20 +51,20 @@ def study(
     without the question), slices and pooled (fewer tokens from the start). Then each answers the questions about the
     test patients; photon also with its tokens taken away, exchanged with another question's, and drawn at random.
 
-    DATA is a folder that `photon generate`, `photon questions` or `photon import` made and `photon preprocess` filled,
-    with questions in the splits train, val and test. Label maps in raw/labels are needed for what is said about
-    regions.
+    Without data of your own the benchmark PhantomVQA is made first (docs/phantom-vqa.md). Your own scans: a folder that
+    `photon questions` or `photon import` made and `photon preprocess` filled, with questions in the splits train, val
+    and test, and `--preset real`. Label maps in raw/labels are needed for what is said about regions.
 
     Writes study.html (read this), study.json (every number), and folders such as seed-0/photon/ with checkpoint,
     history.jsonl and answers.parquet. Every training is a run in MLflow. Killed, the same command goes on where it was;
     with one more seed or variant it trains only that one.
 
-    Example: `photon study --preset small --data data --output out/study`
+    Example: `photon study --preset small --output out/study`
     """
     folder = output or Path("out") / f"study-{preset}"
     chosen: dict[str, Any] = {
         "preset": preset,
-        "data": data,
+        "data": data or _default_data(preset),
         "output": folder,
         "seeds": _numbers(seeds),
         "variants": [name.strip() for name in variants.split(",")] if variants else None,
@@ -80,6 +86,12 @@ def study(
                 result = run_preset(**chosen, on_progress=on_progress)
     _show(result)
     show_results(page=result.with_suffix(".html"), numbers=result)
+
+
+def _default_data(preset: str) -> Path:
+    from pipelines.study.spec import StudySpec
+
+    return Path("out") / (StudySpec.preset(preset).phantoms or "data")
 
 
 def _numbers(text: str | None) -> list[int] | None:

@@ -19,6 +19,7 @@ from photon.device import choose_device
 from photon.training.loop import Precision
 from pipelines.results import Record
 from pipelines.stages import OnProgress, open_job
+from pipelines.study.data import prepare_data
 from pipelines.study.parts import StudyParts
 from pipelines.study.processes import Launch, launch_in_process
 from pipelines.study.records import RunRecord
@@ -107,14 +108,16 @@ def run_preset(
     """:func:`run_study` of a preset, with as many processes and threads as fit this machine.
 
     Args:
+        data: data folder; where it is empty, the preset's PhantomVQA is made in it.
         seeds, variants, keep_ratio, precision: as :meth:`StudySpec.preset` has them.
         workers: parts that run at a time; default two on a CPU with two cores, one on a GPU.
         device: "cpu", "cuda" or "auto".
 
     Raises:
-        PhotonError: as :func:`run_study`; ``PRESET_UNKNOWN``, ``VARIANT_UNKNOWN``.
+        PhotonError: as :func:`run_study`; ``PRESET_UNKNOWN``, ``VARIANT_UNKNOWN``, ``DATA_MISSING``.
     """
     spec = StudySpec.preset(preset, seeds=seeds, variants=variants, keep_ratio=keep_ratio, precision=precision)
+    prepare_data(spec.phantoms, data, on_progress)
     place, cores = choose_device(device).type, default_num_workers()
     num_workers = workers or (min(2, cores) if place == "cpu" else 1)
     return run_study(

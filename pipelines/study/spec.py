@@ -11,6 +11,7 @@ from photon.training.loop import OptimiserConfig, Precision
 from photon.training.pretrain import NamingConfig
 from photon.training.stages import StageSchedule
 from pipelines.dataset import Draw
+from pipelines.phantom_vqa.cohort import RARE_FINDINGS
 from pipelines.study.variants import Variant, ablations, policies
 from pipelines.train_spec import TrainSpec, WarmUpSwitch
 
@@ -105,6 +106,8 @@ class StudySpec:
     """Whose questions are answered in the end."""
     max_scans: int | None = None
     """At most so many scans of that split, in order of their ids; None: all."""
+    phantoms: str | None = None
+    """Preset of PhantomVQA that is made where there is no data yet; None: the data has to be there."""
     rare_subtypes: tuple[str, ...] = ()
     """Subtypes of questions about rare findings, which are also reported by themselves."""
 
@@ -205,19 +208,22 @@ class StudySpec:
         return TrainSpec(seed=seed, **common | settings)
 
 
-_RARE = tuple(f"{name} existence" for name in ("subcutaneous nodule", "bone lesion", "mesenteric mass"))
+_RARE = tuple(f"{name} existence" for name in RARE_FINDINGS)
 _SETTINGS: dict[str, dict[str, Any]] = {
     "smoke": {
+        "phantoms": "vqa-smoke",
+        "rare_subtypes": _RARE,
         "seeds": (0,),
         "draw": _TINY_DRAW,
         "pruned_draw": dataclasses.replace(_TINY_DRAW, robust_probability=0.15, flip_probability=0.05),
         "naming_scans_per_step": 2,
         "save_every": 2,
     },
-    "small": {"rare_subtypes": _RARE},
-    "ablations": {"rare_subtypes": _RARE},
-    "medium": {"rare_subtypes": _RARE},
+    "small": {"phantoms": "vqa-small", "rare_subtypes": _RARE},
+    "ablations": {"phantoms": "vqa-small", "rare_subtypes": _RARE},
+    "medium": {"phantoms": "vqa-medium", "rare_subtypes": _RARE},
     "full": {
+        "phantoms": "vqa-full",
         "rare_subtypes": _RARE,
         "model": _LARGER,
         "optimiser": dataclasses.replace(_OPTIMISER, learning_rate=1e-3),
