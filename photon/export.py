@@ -14,11 +14,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from photon.config import PhotonConfig
 from photon.decoding import Cache, decode_step_functional
+from photon.errors import PhotonError
 from photon.model.attention import BlockAttention
 from photon.model.network import Photon
 from photon.ops.saliency.reference import question_vector, scores
 from photon.ops.schedule.reference import decide
+
+
+def require_exportable(config: PhotonConfig) -> None:
+    """Refuse what the graphs do not have: they choose tokens by the threshold network alone.
+
+    Raises:
+        PhotonError: ``EXPORT_UNSUPPORTED`` for another policy than "photon".
+    """
+    if config.pruning.policy != "photon":
+        fact = f"its policy is {config.pruning.policy}, and the graphs prune by the threshold network alone."
+        raise PhotonError("EXPORT_UNSUPPORTED", "config.json", fact, "Answer with the checkpoint itself.")
 
 
 class ScanGraph(nn.Module):
@@ -29,10 +42,13 @@ class ScanGraph(nn.Module):
     ``visual_rows`` int64 [N].
 
     Outputs: ``hidden`` [C, D]; ``keys``, ``values`` [layers before pruning, C, G, d].
+
+    Raises as :func:`require_exportable` does.
     """
 
     def __init__(self, model: Photon) -> None:
         super().__init__()
+        require_exportable(model.config)
         self.model = model
 
     def forward(
@@ -71,10 +87,13 @@ class QuestionGraph(nn.Module):
 
     Outputs: ``logits`` [B, vocabulary]; ``kept`` bool [B, N]; ``cache_keys``, ``cache_values`` [layers, B, K, G, d],
     K the most rows any branch keeps; ``cache_mask`` bool [B, K].
+
+    Raises as :func:`require_exportable` does.
     """
 
     def __init__(self, model: Photon) -> None:
         super().__init__()
+        require_exportable(model.config)
         self.model = model
 
     def forward(

@@ -9,7 +9,7 @@ tokens of the largest volume; tables are [S, N], and the padding of shorter rows
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from photon.config import PruningConfig
 from photon.ops.backend import Backend
 from photon.ops.schedule.op import schedule
-from photon.ops.schedule.reference import DESCRIPTOR_SIZE, ThresholdWeights, rank
+from photon.ops.schedule.reference import DESCRIPTOR_SIZE, LARGEST_SCORE, ThresholdWeights, normalise, rank
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,21 @@ class Schedule:
         """Visual tokens that a branch keeps, counted through all volumes of its prompt: int64, ascending."""
         rows = self.branch == branch
         return self.keep[rows][self.valid[rows]].nonzero().flatten()
+
+    def with_saliency_gradient(self, u: Tensor, config: PruningConfig) -> Schedule:
+        """The same numbers, with a gradient from p to the scores ``u`` [S, N] that they were made of.
+
+        It is the derivative of ``p = sigmoid((rho - theta) / temperature)`` at a fixed theta, through the whole of
+        ``rho = (u - min) / (max - min)``. Minimum and maximum are not detached: their own rho stays 0 and 1 however
+        they move, and everybody else's moves with them. The threshold network keeps its own gradient, and none reaches
+        the scores through what it reads of them.
+        """
+        usable = self.valid & (u.detach().abs() < LARGEST_SCORE)
+        counted = usable | ~usable.any(-1, keepdim=True)
+        rho = normalise(torch.where(usable, u, 0.0), counted)
+        p = torch.sigmoid((rho - self.theta.detach()[:, None]) / config.temperature)
+        moved = torch.where(usable, p - p.detach(), 0.0)
+        return replace(self, p=self.p + moved)
 
 
 def kept_counts(lengths: Tensor, config: PruningConfig) -> Tensor:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from photon.checkpoint import read_model, replace_folder
+from photon.checkpoint import read_config, read_model, replace_folder
 from photon.errors import PhotonError
-from photon.export import DecodeGraph, QuestionGraph, ScanGraph
+from photon.export import DecodeGraph, QuestionGraph, ScanGraph, require_exportable
 from photon.generate import generate, last_rows
 from photon.grid import patchify
 from photon.model.network import Photon
@@ -82,9 +82,11 @@ def export(
     graphs that keep the same tokens, agree in every logit to 1e-4 and answer alike replace an earlier export.
 
     Raises:
-        PhotonError: ``EXPORT_REJECTED`` with the numbers when they do not; whatever reading the checkpoint and
-            the data raises.
+        PhotonError: ``EXPORT_REJECTED`` with the numbers when they do not, ``EXPORT_UNSUPPORTED`` for a checkpoint with
+            another policy than "photon", before anything is written; whatever reading the checkpoint and the data
+            raises.
     """
+    require_exportable(read_config(checkpoint))
     prepare_output_folder(output)
     tell = on_progress or (lambda done, total, label: None)
     model = read_model(checkpoint)

@@ -19,7 +19,7 @@ from photon.model.layers import Rotary
 from photon.ops.backend import Backend
 from photon.ops.compaction.op import compact
 from photon.ops.layout import Layout
-from photon.ops.saliency.op import saliency
+from photon.ops.saliency.op import differentiable_saliency, saliency
 from photon.ops.saliency.reference import own_scores
 from photon.ops.selection.op import Selection
 from photon.ops.surrogate.op import pack
@@ -83,19 +83,34 @@ def decide(
     Args:
         own, shared: what branch rows and context rows attended with at the pruning layer.
         blind: float32 [Tc] scores of the context rows that replace those by the question.
+
+    Raises:
+        PhotonError: ``BACKEND_UNAVAILABLE`` for the backend "triton" when a gradient of the scores is wanted
+            (``saliency_gradient``), which "auto" computes without kernels.
     """
     if not layout.num_pairs:
         return None
     # Mixed precision would take the products of the scores and of the threshold network for ordinary ones.
     with torch.autocast(own.q.device.type, enabled=False):
+        lengths, branch = layout.pair_lengths, layout.pair_branch
+        if predictor.config.saliency_gradient and torch.is_grad_enabled():
+            _refuse_kernels(backend)
+            u = differentiable_saliency(own.q, own.k, shared.k, layout)
+            return predictor(u, lengths, branch, backend=backend).with_saliency_gradient(u, predictor.config)
         if blind is None:
             u = saliency(own.q, own.k, shared.k, layout, backend=backend)
         else:
             u = _of_pairs(blind, layout)
         if predictor.config.policy != "photon":
-            return ranked(u, layout.pair_lengths, layout.pair_branch, predictor.config)
-        decision: Schedule = predictor(u, layout.pair_lengths, layout.pair_branch, backend=backend)
+            return ranked(u, lengths, branch, predictor.config)
+        decision: Schedule = predictor(u, lengths, branch, backend=backend)
     return decision
+
+
+def _refuse_kernels(backend: Backend) -> None:
+    if backend == "triton":
+        fact = "saliency_gradient is on, and the kernels of the scores have no gradient."
+        raise PhotonError("BACKEND_UNAVAILABLE", "triton", fact, "Use the backend auto or reference.")
 
 
 def forced(decision: Schedule | None, keep: Tensor, layout: Layout) -> Schedule | None:

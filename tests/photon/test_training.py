@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from photon.checkpoint import read_model
+from photon.config import POLICIES
 from photon.errors import PhotonError
 from photon.testing import micro_config, micro_model, random_branch, random_context, training_batch
 from photon.training.loop import OPTIMISER, PROGRESS, OptimiserConfig, StepReport, Trainer
@@ -301,3 +302,28 @@ def test_state_folder_is_a_checkpoint(tmp_path: Path) -> None:
     read = dict(read_model(tmp_path).named_parameters())
     assert all(torch.equal(read[name], value) for name, value in weights(trainer).items())
     assert json.loads((tmp_path / PROGRESS).read_text()) == {"num_steps_done": 0, "run_digest": "run"}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_trains_through_every_stage_and_resumes(tmp_path: Path, policy: str) -> None:
+    """Alignment, warm-up, soft, hard and flips; stopped in the soft stage, equal to the last bit."""
+    config = micro_config(pruning={"min_tokens": 2, "policy": policy})
+
+    def reduced_batch(step: int, with_flips: bool) -> TrainingBatch:
+        contexts = [random_context(config, [(3, 4, 4)], seed=step)]
+        branches = [random_branch(config, 0, num_question=2 + n, num_answer=1, seed=step + n) for n in range(3)]
+        return training_batch(contexts, branches, config, perturbed=[0], flipped=[2] if with_flips else [])
+
+    def trainer() -> Trainer:
+        return Trainer(micro_model(config), SCHEDULE, OPTIMISER_CONFIG, run_digest="run")
+
+    whole, losses = trainer(), []
+    whole.run(reduced_batch, on_step=lambda report: losses.append(float(report.result.loss.detach())))
+    again: list[float] = []
+    with pytest.raises(Stop):
+        trainer().run(reduced_batch, on_step=stop_after(5, again), save_to=tmp_path / "state", save_every=1)
+    rest = trainer()
+    assert rest.restore(tmp_path / "state") and rest.num_steps_done == 5
+    rest.run(reduced_batch, on_step=stop_after(99, again))
+    assert again == losses and len(losses) == 9
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(rest).items())

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from photon.checkpoint import read_model, write_model
+from photon.config import POLICIES
 from photon.errors import PhotonError
+from photon.export import QuestionGraph, ScanGraph
 from photon.grid import patchify
 from photon.model.network import Photon
 from pipelines import export as stage
@@ -205,3 +207,22 @@ def test_a_frozen_axis_is_rejected(
     with pytest.raises(PhotonError, match="axis 0 of ids") as caught:
         stage.write_graph(model, "decode", case, tmp_path / "decode.onnx")
     assert caught.value.code == "EXPORT_REJECTED"
+
+
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "photon"])
+def test_other_policies_are_refused_before_anything_is_done(
+    trained: Path, model: Photon, smoke_data: Path, tmp_path: Path, policy: str
+) -> None:
+    pruning = dataclasses.replace(model.config.pruning, policy=policy)
+    other = Photon(dataclasses.replace(model.config, pruning=pruning))
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(trained / "checkpoint", folder)
+    write_model(other, folder)
+    with pytest.raises(PhotonError, match=policy) as caught:
+        export(folder, smoke_data, tmp_path / "out", data_version="0")
+    assert caught.value.code == "EXPORT_UNSUPPORTED"
+    assert not (tmp_path / "out").exists()
+    for graph in (ScanGraph, QuestionGraph):
+        with pytest.raises(PhotonError) as caught:
+            graph(other)
+        assert caught.value.code == "EXPORT_UNSUPPORTED"

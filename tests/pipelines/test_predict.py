@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
 
+from photon.checkpoint import read_model, write_model
 from photon.errors import PhotonError
+from photon.model.network import Photon
 from photon.model.packing import Branch, pack_batch
 from pipelines.dataset import LabelledScan, empty_context, read_split, scan_context
 from pipelines.predict import POLICIES, ClosedBy, TorchAnswerer
@@ -174,3 +177,34 @@ def test_an_unknown_precision_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PhotonError) as caught:
         TorchAnswerer(tmp_path / "nothing", precision="float16")  # type: ignore[arg-type]
     assert caught.value.code == "PRECISION_UNKNOWN"
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept"),
+    [("all", 12), ("slices", 4), ("pooled", 4), ("fixed", 5), ("fixed-blind", 5)],
+)
+def test_the_checkpoint_s_own_policy_is_honoured(
+    checkpoint: Path, scan: LabelledScan, tmp_path: Path, policy: str, kept: int
+) -> None:
+    """12 tokens in three slabs. Kept tokens are told by their places in the whole grid, whatever entered."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, folder)
+    model = read_model(checkpoint)
+    write_model(_with_policy(model, policy), folder)
+    questions = scan.questions[:6]
+    answers = TorchAnswerer(folder).answer(scan.volume, questions)
+    assert all(answer.num_tokens == 12 and len(answer.kept) == kept for answer in answers)
+    if policy in ("slices", "pooled"):  # the middle slab; all three averaged, which are represented by it
+        assert {answer.kept for answer in answers} == {(4, 5, 6, 7)}
+    assert (len({answer.kept for answer in answers}) > 1) == (policy == "fixed")
+    whole = TorchAnswerer(folder, "all_tokens").answer(scan.volume, questions)
+    entered = {"slices": 4, "pooled": 4}.get(policy, 12)
+    assert all(len(answer.kept) == entered for answer in whole)
+    if policy in ("all", "slices", "pooled"):
+        assert [(a.text, a.kept) for a in answers] == [(a.text, a.kept) for a in whole]
+
+
+def _with_policy(model: Photon, policy: str) -> Photon:
+    other = Photon(dataclasses.replace(model.config, pruning=dataclasses.replace(model.config.pruning, policy=policy)))
+    other.load_state_dict(model.state_dict())
+    return other

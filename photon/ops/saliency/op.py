@@ -45,6 +45,13 @@ def saliency(q: Tensor, k: Tensor, keys: Tensor, layout: Layout, *, backend: str
     return result
 
 
+def differentiable_saliency(q: Tensor, k: Tensor, keys: Tensor, layout: Layout) -> Tensor:
+    """:func:`saliency` in plain PyTorch on any device, with gradient to all three: also through the centrality."""
+    places = Places(*(getattr(layout, name) for name in Places._fields))
+    with torch.autocast(q.device.type, enabled=False):
+        return reference.saliency(q, k, keys, places, layout.num_columns, layout.longest_question)
+
+
 @torch.library.custom_op("photon::saliency", mutates_args=())
 def _saliency(
     q: Tensor,

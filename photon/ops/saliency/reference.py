@@ -26,7 +26,6 @@ class Places(NamedTuple):
     pair_lengths: Tensor
 
 
-@torch.no_grad()
 def question_vector(q: Tensor, k: Tensor, valid: Tensor | None = None) -> Tensor:
     """What a question looks for, as one vector per key head.
 
@@ -96,7 +95,6 @@ def own_scores(q: Tensor, k: Tensor) -> Tensor:
     return scores(z[None] / (num_heads * head_dim**0.5), k)[0]
 
 
-@torch.no_grad()
 def scores(z: Tensor, keys: Tensor) -> Tensor:
     """Raw scores float32 [B, T] of keys [T, G, d] for question vectors [B, G, d]; no copy of the keys per question."""
     columns = z.flatten(1).T

@@ -21,6 +21,7 @@ def test_three_contexts_and_four_branches() -> None:
     assert layout.row_context.tolist() == [0] * 5 + [2] * 4
     assert layout.branch_bounds.tolist() == [0, 2, 3, 4] and layout.branches.tolist() == [0, 3, 2, 1]
     assert layout.num_entries == 7 + 7 + 1 + 7
+    assert layout.volumes() == [(1, 2), (3, 1), (5, 3)]
 
 
 def test_no_volume_and_no_branch() -> None:
@@ -29,6 +30,7 @@ def test_no_volume_and_no_branch() -> None:
     nobody = Layout.build([4], [[(1, 2)]], [], [], [])
     assert (nobody.num_pairs, nobody.num_branches, nobody.num_entries, nobody.longest_question) == (0, 0, 0, 0)
     assert nobody.context_slots.tolist() == [-1, 0, 1, -1]
+    assert text.volumes() == [] and nobody.volumes() == [(1, 2)]
     assert all(x.dtype == torch.long for x in vars(nobody).values() if isinstance(x, torch.Tensor))
 
 
