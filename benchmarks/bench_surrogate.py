@@ -11,7 +11,8 @@ As p is moved through the threshold alone, the gradient of the threshold is held
 tenth of the tokens more, and with a tenth fewer, by score.
 
 Gradients are those of one question's own loss ("question"), and those of a batch of 64, where the same loss weighs a
-64th and the floor under the standard deviation comes into play ("batch of 64")."""
+64th and the floor under the standard deviation comes into play ("batch of 64").
+"""
 
 from __future__ import annotations
 
@@ -49,6 +50,9 @@ BRANCHES = 64
 def main() -> None:
     """Measure and write ``results/surrogate.json``."""
     arguments = parse()
+    if not (arguments.study / "study.json").exists():
+        print(f"{arguments.study} holds no study; `photon study --output {arguments.study}` makes one.")
+        return
     model = read_model(arguments.study / f"seed-{arguments.seed}" / arguments.variant / "train" / "checkpoint")
     prompter = Prompter.read(arguments.study / f"seed-{arguments.seed}" / "vision" / TOKENIZER)
     scans = read_split(arguments.data, "test")
@@ -75,8 +79,10 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, help="output folder of `photon study`")
-    parser.add_argument("--data", type=Path, required=True, help="the study's data folder")
+    parser.add_argument(
+        "study", type=Path, nargs="?", default=Path("out/study"), help="output folder of `photon study`"
+    )
+    parser.add_argument("--data", type=Path, default=Path("out/vqa-small"), help="the study's data folder")
     parser.add_argument("--variant", default="photon")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--questions", type=int, default=240, help="how many test questions")

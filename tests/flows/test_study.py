@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -65,7 +64,6 @@ def killed(data: Path) -> Path:
 def test_its_processes_end_with_it(killed: Path) -> None:
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
-        size = sum(path.stat().st_size for path in killed.rglob("*") if path.is_file())
         alive = [path for path in Path("/proc").glob("[0-9]*/cwd") if _works_in(path.parent, killed)]
         if not alive:
             return
@@ -125,6 +123,6 @@ def test_help_explains_every_policy(photon: Callable[..., tuple[int, str, str]])
 def _works_in(process: Path, folder: Path) -> bool:
     """Whether a process has a file of the folder open."""
     try:
-        return any(os.readlink(link).startswith(str(folder)) for link in (process / "fd").iterdir())
+        return any(str(link.readlink()).startswith(str(folder)) for link in (process / "fd").iterdir())
     except OSError:
         return False
