@@ -12,7 +12,14 @@ from collections.abc import Sequence
 
 import typer
 
-from flows import cli_data, cli_model, cli_stages, cli_training, cli_versions  # noqa: F401 - registers their commands
+from flows import (  # noqa: F401 - registers their commands
+    cli_data,
+    cli_model,
+    cli_stages,
+    cli_study,
+    cli_training,
+    cli_versions,
+)
 from flows.cli_support import COMMANDS, EXIT_ERROR, EXIT_FAULT, EXIT_OK
 from photon.errors import PhotonError
 
@@ -44,8 +51,8 @@ def options(
     """Question answering on 3D medical volumes that keeps only the tokens a question needs.
 
     `photon retrain` runs all stages in order; the others are these stages one by one:
-    generate, preprocess, train, evaluate, export, score, report. `photon parity` compares the model with the
-    numbers of another implementation.
+    generate, preprocess, train, evaluate, export, score, report. `photon study` trains several ways of choosing tokens
+    and shows where they look. `photon parity` compares the model with the numbers of another implementation.
 
     Exit codes: 0 all is well; 1 an error, told in one line with its code (see docs/errors.md); 2 wrong usage
     or an unexpected fault; 3 done, but some scans were refused or some rows have an error.

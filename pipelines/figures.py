@@ -1,4 +1,4 @@
-"""Charts and pictures as bytes: the only module that knows matplotlib, without pyplot and its global state.
+"""Charts and pictures as bytes: beside `study/figures.py` the only module that knows matplotlib, without pyplot.
 
 Charts are SVG whose ink is ``currentColor`` and whose font is the page's, so that they follow a light or dark
 page. Pictures of slices are PNG in the radiological convention: the patient's left is on the right of the
@@ -78,7 +78,7 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> bytes:
             for colour, (name, label) in zip((COLOURS["photon"], COLOURS["blind"]), names.items(), strict=False):
                 _draw_curve(axes, *_curve(history, name), colour=colour, label=label)
             _finish_curve_axes(axes, title, history, is_share=title != "Loss")
-        return _svg(figure)
+        return svg_bytes(figure)
 
 
 def stage_starts(history: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
@@ -123,9 +123,9 @@ def accuracy_intervals(groups: Mapping[str, Mapping[str, Score]]) -> bytes:
         axes.tick_params(axis="y", length=0)
         for row in range(1, len(groups)):
             axes.axhline(row - 0.5, color=INK, alpha=0.12, linewidth=0.7)
-        _percent_axis(axes)
+        percent_axis(axes)
         figure.legend(loc="outside upper center", ncols=len(COLOURS))
-        return _svg(figure)
+        return svg_bytes(figure)
 
 
 def kept_histograms(fractions: Mapping[str, Sequence[float]]) -> bytes:
@@ -156,9 +156,9 @@ def kept_histograms(fractions: Mapping[str, Sequence[float]]) -> bytes:
         axes.set_yticks(range(len(ordered)), [f"{name} ({len(values)})" for name, values in ordered])
         axes.set_ylim(len(ordered) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
-        _percent_axis(axes)
+        percent_axis(axes)
         axes.set_xlabel("visual tokens kept (bar: mean; in brackets: questions)")
-        return _svg(figure)
+        return svg_bytes(figure)
 
 
 def planes_picture(planes: Sequence[Plane], plane_in: float = PICTURE_PLANE_IN) -> bytes:
@@ -231,7 +231,8 @@ def _finish_curve_axes(axes: Axes, title: str, history: Sequence[Mapping[str, An
         axes.text(step, 1.02, f"{number}", transform=in_data_by_axes, fontsize=8, ha="center", alpha=0.75)
 
 
-def _percent_axis(axes: Axes) -> None:
+def percent_axis(axes: Axes) -> None:
+    """Make the horizontal axis run from 0 to 100 %."""
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.xaxis.set_major_locator(MultipleLocator(0.2))
@@ -256,7 +257,7 @@ def _write_sides(axes: Axes, sides: tuple[str, str, str, str]) -> None:
         )
 
 
-def _svg(figure: Figure) -> bytes:
+def svg_bytes(figure: Figure) -> bytes:
     """The figure without creation date, metadata, fixed ink or fixed font."""
     stream = io.StringIO()
     figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -47,6 +48,8 @@ class Job:
         entries: what ``records/stages.json`` holds.
         run_ids: MLflow run of each stage of this job.
         tags: what the runs of further stages are tagged with.
+
+    Stages of different names may run in threads of their own.
     """
 
     folder: Path
@@ -56,6 +59,7 @@ class Job:
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     run_ids: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    _noting: threading.Lock = field(default_factory=threading.Lock)
 
     def run_stage(
         self,
@@ -131,8 +135,9 @@ class Job:
             tracker.log_summary(_numbers(record))
 
     def _note(self, name: str, entry: dict[str, Any]) -> None:
-        self.entries[name] = entry
-        write_json(self.folder / "records" / "stages.json", self.entries)
+        with self._noting:
+            self.entries[name] = entry
+            write_json(self.folder / "records" / "stages.json", self.entries)
 
 
 @contextlib.contextmanager

@@ -96,15 +96,15 @@ def balanced_accuracy_interval(
 
     Args:
         is_positive: bool [Q], the truth.
-        is_correct: bool [Q], whether the answer was right.
+        is_correct: [Q], whether the answer was right; or how often, 0 to 1, where a question was answered repeatedly.
         patients: [Q] whose question it is.
         seed: of the resampling.
 
     Returns:
         The score; value 0 and the interval (0, 1) when one of the two classes is missing.
     """
-    positive, correct = np.asarray(is_positive, dtype=bool), np.asarray(is_correct, dtype=bool)
-    columns = np.stack([positive & correct, positive, ~positive & correct, ~positive], axis=1).astype(np.float64)
+    positive, correct = np.asarray(is_positive, dtype=bool), np.asarray(is_correct, dtype=np.float64)
+    columns = np.stack([positive * correct, positive, ~positive * correct, ~positive], axis=1).astype(np.float64)
     return interval(columns, patients, _balanced_accuracy_of_sums, seed=seed)
 
 

@@ -1,0 +1,31 @@
+"""Keep the numbers of a finished `photon study`: python benchmarks/record_study.py out/study
+[results/study_small.json].
+
+The target's default is benchmarks/results/study_<preset>.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import RESULTS, save_results
+
+from pipelines.study.report import table_of
+
+
+def main() -> None:
+    """Read a study's ``study.json`` and write it with machine, versions and commit."""
+    study = Path(sys.argv[1] if len(sys.argv) > 1 else "out/study")
+    content = json.loads((study / "study.json").read_text(encoding="utf-8"))
+    target = Path(sys.argv[2]) if len(sys.argv) > 2 else RESULTS / f"study_{content['study']}.json"
+    trained = {"trained_by": {"code_version": content.pop("code_version"), "environment": content.pop("environment")}}
+    written = save_results(target.stem, {**content, **trained}, target.parent)
+    header, rows = table_of(content)
+    print(written, "\t".join(header), *("\t".join(row) for row in rows), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""The page of a study: its numbers in plain words, tables and charts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import polars as pl
+
+from pipelines.figures import kept_histograms
+from pipelines.page import Markup, definitions, drawing, join, row, table, tag
+from pipelines.report_evaluation import difference_text, interval_text, minus, percent, score_cell
+from pipelines.study.analysis import BASELINES
+from pipelines.study.answer_table import TRAINED
+from pipelines.study.figures import History, accuracy_over_tokens, shares_by_row, variant_curves
+
+WHAT_IT_IS = {
+    "photon": "a threshold for every question, from its scores",
+    "all": "every token",
+    "fixed": "the same number of highest scores for every question",
+    "fixed-blind": "the same, with scores that do not see the question",
+    "slices": "evenly spaced slabs of the scan",
+    "pooled": "tokens averaged over neighbouring blocks",
+    "blind": "no scan: a model trained on the text alone",
+    "majority": "no model: the training questions' most frequent answer",
+}
+CONDITIONS = {
+    TRAINED: "its own tokens",
+    "all tokens": "all tokens",
+    "removed": "all but its own tokens",
+    "none": "no token",
+    "swapped": "tokens kept for a question about another place",
+    "random": "as many tokens, drawn at random",
+    "paraphrase": "the question in other words",
+}
+Content = Mapping[str, Any]
+
+
+def headline(content: Content) -> Markup:
+    """The numbers that matter, and what they say."""
+    main = content["main"]
+    accuracy, tokens, asked = content["accuracy"][main]["all"], content["tokens"][main], content["questions"]
+    seeds = len(asked["seeds"])
+    words = [
+        f"{asked['num_questions']} questions about {asked['num_scans']} scans of {asked['num_patients']} patients, "
+        f"none of whom was trained on, answered by models from {seeds} {'seed' if seeds == 1 else 'seeds'}. "
+        f"Guessing among the options scores {percent(asked['chance'])}.",
+        f"With {tokens['mean']:.0f} of {tokens['of']:.0f} visual tokens on average ({tokens['min']} to {tokens['max']} "
+        f"by question) {main} scores {percent(accuracy['value'])} ({interval_text(accuracy)}).",
+    ]
+    words += [
+        f"Against {name}: {difference_text(content['differences'][f'{main} - {name}']['all'])}."
+        for name in ("all", "blind")
+        if f"{main} - {name}" in content["differences"]
+    ]
+    cards = [_card(f"{main}: right answers", accuracy, "card main"), _card(f"{main}: tokens kept", tokens["share"])]
+    cards += [
+        _card(f"{name}: right answers", content["accuracy"][name]["all"])
+        for name in ("all", "blind")
+        if name in content["accuracy"]
+    ]
+    if region := _region(content, main):
+        kept = region["ratio"]
+        words.append(
+            f"Of the region asked about it keeps {percent(region['asked_share']['value'], 0)}, of all tokens "
+            f"{percent(region['overall_share']['value'], 0)}: {kept['value']:.2f} times as much "
+            f"({kept['low']:.2f} to {kept['high']:.2f})."
+        )
+    how = (
+        "Intervals are 95 % bootstrap intervals that resample patients, of the mean over seeds; how far the seeds are "
+        "apart is said beside them."
+    )
+    return join(tag("div", *cards, class_="cards"), *(tag("p", text) for text in words), tag("p", how, class_="soft"))
+
+
+def policies(content: Content) -> Markup:
+    """Every policy's score and tokens, and the paired differences."""
+    main, names = content["main"], [*content["variants"], *(name for name in BASELINES if name in content["accuracy"])]
+    families = list(content["accuracy"][main]["family"])
+    rows = []
+    for name in names:
+        scores, tokens = content["accuracy"][name], content["tokens"].get(name)
+        rows.append(
+            row(
+                name,
+                WHAT_IT_IS.get(name, ""),
+                score_cell(scores["all"]),
+                _seeds(scores["all"]),
+                *(score_cell(scores["family"][family]) for family in families),
+                f"{tokens['mean']:.0f} ± {tokens['sd']:.0f}" if tokens else "–",
+                num_text=2,
+            )
+        )
+    accuracy = {name: content["accuracy"][name]["all"] for name in content["variants"]}
+    shares = {name: content["tokens"][name]["share"] for name in content["variants"]}
+    lines = {"guessing": content["questions"]["chance"]}
+    lines |= {name: content["accuracy"][name]["all"]["value"] for name in BASELINES if name in content["accuracy"]}
+    chart = drawing(
+        accuracy_over_tokens(accuracy, shares, lines),
+        "Right answers over the share of visual tokens, by policy",
+        "Right answers over the share of visual tokens that they were given from, with 95 % intervals.",
+    )
+    differences = [
+        row(minus(name), difference_text(gaps["all"]), *(_points(gaps["family"].get(family)) for family in families))
+        for name, gaps in content["differences"].items()
+    ]
+    return join(
+        chart,
+        table(["Policy", "Tokens ", "Right, %", "by seed", *families, "Tokens kept, mean ± sd"], rows),
+        tag("h3", "Paired differences"),
+        tag("p", "The same questions, so that what is hard for both cancels. By family in points.", class_="soft"),
+        table(["First − second", "All questions", *families], differences),
+    )
+
+
+def looking(content: Content) -> Markup:
+    """How much of the region asked about is kept, and whether other questions keep other tokens."""
+    main = content["main"]
+    rows = []
+    for name in content["variants"]:
+        if region := _region(content, name):
+            ratio = region["ratio"]
+            rows.append(
+                row(
+                    name,
+                    score_cell(region["asked_share"]),
+                    score_cell(region["overall_share"]),
+                    score_cell(region["unasked_share"]),
+                    join(f"{ratio['value']:.2f}", tag("small", f"{ratio['low']:.2f}–{ratio['high']:.2f}")),
+                    _points(region["above_overall"]),
+                    _points(region["above_unasked"]),
+                )
+            )
+    if not rows:
+        return tag("p", "No label map tells where things are, so what was kept of them is not known.", class_="note")
+    headings = ["Policy", "Region asked about", "All tokens", "The region when not asked about", "Asked / all",
+                "Asked − all", "Asked − not asked"]  # fmt: skip
+    words = (
+        "Tokens kept, in percent, of the lesion asked about where it is there, else of the organ. A policy blind to "
+        "the question keeps a region as often when it is asked about as when it is not; one that keeps at random "
+        "keeps it as often as everything else."
+    )
+    parts = [tag("p", words), table(headings, rows), _tests(content)]
+    found = [entry for entry in content["regions"].get(main, []) if entry["group"] in ("about", "subtype")]
+    if found:
+        keys = {"asked_share": "region asked about", "overall_share": "all tokens", "unasked_share": "when not asked"}
+        chart = shares_by_row([(entry["name"], entry) for entry in found], keys)
+        parts.append(drawing(chart, "Tokens kept by kind of question", f"Tokens kept by {main}, by kind of question."))
+    return join(*parts)
+
+
+def what_if(content: Content) -> Markup:
+    """Answers of the same weights from other tokens."""
+    found = content["what_if"][content["main"]]
+    rows = []
+    for condition, name in CONDITIONS.items():
+        for group in ("all", "lesion present"):
+            if entry := found.get(condition, {}).get(group):
+                rows.append(
+                    row(
+                        name if group == "all" else "… where the lesion asked about is there",
+                        f"{entry['num_kept']:.0f}",
+                        score_cell(entry["score"]),
+                        "" if entry["change"] is None else _points(entry["change"]),
+                        score_cell(entry["gold_probability"]),
+                        "" if entry["probability_change"] is None else _points(entry["probability_change"]),
+                        class_="" if group == "all" else "indent",
+                    )
+                )
+    words = (
+        f"The same weights of {content['main']}, answering from other visual tokens than those that it keeps. If the "
+        "kept tokens hold what the answer needs, then the rest, or those of another question, must not do. Whatever is "
+        "kept, the question's words have seen the whole scan in the layers before pruning: what is right without any "
+        "token came through them."
+    )
+    headings = ["Answered from", "Tokens", "Right, %", "Change", "Right option's probability, %", "Change "]
+    return join(tag("p", words), table(headings, rows))
+
+
+def findings(content: Content) -> Markup:
+    """Sensitivity and specificity of yes/no questions."""
+    names = list(dict.fromkeys(entry["name"] for entry in content["findings"]))
+    shown = [name for name in (content["main"], "all", "blind") if name in content["accuracy"]]
+    by_key = {(entry["variant"], entry["name"]): entry for entry in content["findings"]}
+    rows = []
+    for name in names:
+        first = by_key.get((content["main"], name))
+        if first is None:
+            continue
+        cells = []
+        for variant in shown:
+            entry = by_key.get((variant, name))
+            cells += [score_cell(entry[key]) if entry else "–" for key in ("sensitivity", "specificity")]
+            cells.append(score_cell(entry["balanced_accuracy"]) if entry and _has_both(entry) else "–")
+        rows.append(row(name, f"{first['num_present']} / {first['num_absent']}", *cells))
+    headings = ["Question", "Present / absent"]
+    headings += [f"{variant}: {key}" for variant in shown for key in ("sensitivity", "specificity", "balanced")]
+    parts = [tag("p", "In percent, with 95 % intervals.", class_="soft"), table(headings, rows)]
+    rare = content["rare"].get(content["main"], {})
+    if "difference" in rare:
+        parts.append(
+            tag(
+                "p",
+                f"Rare findings that are there: {content['main']} finds {percent(rare['recall']['value'])} "
+                f"({interval_text(rare['recall'])}) from the tokens it keeps, "
+                f"{percent(rare['recall_all_tokens']['value'])} from all tokens; "
+                f"a difference of {difference_text(rare['difference'])}.",
+            )
+        )
+    return join(*parts)
+
+
+def amounts(content: Content, answers: pl.DataFrame) -> Markup:
+    """How many tokens which kind of question keeps."""
+    own = answers.filter(variant=content["main"], condition=TRAINED)
+    shares = own.with_columns(share=pl.col("num_kept") / pl.col("num_tokens"))
+    fractions = {str(name[0]): part["share"].to_list() for name, part in shares.group_by("subtype")}
+    words = f"How many visual tokens a question keeps under {content['main']}, by kind of question; all seeds together."
+    return drawing(kept_histograms(dict(sorted(fractions.items()))), "Share of tokens kept by kind of question", words)
+
+
+def training(content: Content, histories: Mapping[str, Sequence[History]]) -> Markup:
+    """Curves, and what training and answering cost."""
+    chart = drawing(
+        variant_curves(histories),
+        "Validation accuracy and kept tokens over training steps",
+        "A line a seed, running means. Policies that go on from the shared warm-up begin where it ended.",
+    )
+    rows = []
+    for name, cost in content["cost"].items():
+        gpu = cost["train_cuda_peak_mib"] > 0
+        rows.append(
+            row(
+                name,
+                f"{cost['questions_per_second']:.1f}",
+                f"{1000 * cost['step_seconds']:.0f}",
+                f"{cost['train_cuda_peak_mib' if gpu else 'train_peak_mib']:.0f}",
+                f"{cost['answer_cuda_peak_mib' if gpu else 'answer_peak_mib']:.0f}",
+                f"{1000 * cost['encode_seconds']:.1f}",
+                f"{1000 * cost['answer_seconds']:.2f}",
+            )
+        )
+    headings = ["Policy", "Questions trained on a second", "ms a step", "MiB in training", "MiB answering",
+                "ms to encode a scan", "ms a question after that"]  # fmt: skip
+    words = (
+        "Training steps of the last stage without the making of batches. Where the vision tower is frozen a clean "
+        "scan's tokens are computed once, so steps are the decoder's. Memory is the largest of the process, or on a "
+        "GPU what PyTorch took."
+    )
+    return join(chart, tag("p", words, class_="soft"), table(headings, rows))
+
+
+def provenance(content: Content) -> Markup:
+    """What the study was made with."""
+    facts = [("Study", content["study"]), ("Data version", content["data_version"]), ("Code", content["code_version"])]
+    facts += [
+        (
+            f"Warm-up, seed {entry['seed']}",
+            f"{entry['num_steps']} steps, validation {percent(entry['validation_accuracy'])}",
+        )
+        for entry in content["warm_up"]
+    ]
+    facts += list(content["environment"].items())
+    return definitions([(name, tag("code", str(value))) for name, value in facts])
+
+
+def _tests(content: Content) -> Markup:
+    rows = []
+    for name, found in content["instructions"].items():
+        wording, place = found["wording"], found["place"]
+        rows.append(
+            row(
+                name,
+                *(_distance(wording, key) for key in ("same_question", "other_question")),
+                _p_value(wording),
+                *(_distance(place, key) for key in ("same_organ", "other_organ")),
+                _p_value(place),
+            )
+        )
+    headings = ["Policy", "Same question, other words", "Other question", "p", "Same organ", "Other organ", "p "]
+    words = (
+        "Do two questions about one scan keep different tokens? Mean Jaccard distance of the kept sets (0 same, 1 "
+        "disjoint). The first p: paraphrases exchanged among the questions of a scan; the second: organs exchanged "
+        "among them."
+    )
+    return join(tag("h3", "Different questions, different tokens"), tag("p", words), table(headings, rows))
+
+
+def _distance(test: Mapping[str, Any] | None, key: str) -> Markup:
+    if test is None:
+        return tag("span", "–", class_="soft")
+    score = test[key]
+    return join(f"{score['value']:.2f}", tag("small", f"{score['low']:.2f}–{score['high']:.2f}"))
+
+
+def _p_value(test: Mapping[str, Any] | None) -> str:
+    if test is None:
+        return "–"
+    least = 1 / (1 + test["num_permutations"])
+    return f"≤ {least:.4f}" if test["p_value"] <= least else f"{test['p_value']:.3f}"
+
+
+def _has_both(entry: Mapping[str, Any]) -> bool:
+    return bool(entry["num_present"] and entry["num_absent"])
+
+
+def _region(content: Content, variant: str) -> Mapping[str, Any] | None:
+    return next((entry for entry in content["regions"].get(variant, []) if entry["group"] == "all"), None)
+
+
+def _card(name: str, score: Mapping[str, Any], class_: str = "card") -> Markup:
+    return tag(
+        "div",
+        tag("span", name, class_="name"),
+        tag("b", percent(score["value"])),
+        tag("span", interval_text(score), class_="more"),
+        class_=class_,
+    )
+
+
+def _seeds(score: Mapping[str, Any]) -> str:
+    return ", ".join(f"{100 * value:.1f}" for value in score["by_seed"])
+
+
+def _points(score: Mapping[str, Any] | None) -> Markup:
+    """A difference in percentage points with its interval in small print."""
+    if score is None or not score["num_questions"]:
+        return tag("span", "–", class_="soft")
+    value, low, high = (100 * score[name] for name in ("value", "low", "high"))
+    return join(minus(f"{value:+.1f}"), tag("small", minus(f"{low:+.0f} to {high:+.0f}")))

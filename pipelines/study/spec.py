@@ -1,0 +1,241 @@
+"""Settings of a study, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Self
+
+from photon.errors import PhotonError
+from photon.training.loop import OptimiserConfig, Precision
+from photon.training.pretrain import NamingConfig
+from photon.training.stages import StageSchedule
+from pipelines.dataset import Draw
+from pipelines.phantom_vqa.cohort import RARE_FINDINGS
+from pipelines.study.variants import Variant, ablations, policies
+from pipelines.train_spec import TrainSpec, WarmUpSwitch
+
+PRESETS = ("small", "medium", "full", "real", "ablations", "smoke")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Optimiser steps of every part of a study."""
+
+    naming: int
+    """Vision pretraining on label maps."""
+    blind: int
+    """The model of the text alone."""
+    warm_up: int
+    """All tokens, at most; a validation that beats the blind model by ``margin`` ends it earlier."""
+    soft: int
+    """Rows scaled by their keep probability."""
+    hard: int
+    """Rows removed."""
+    flip_after: int
+    """Hard steps before the flip objective begins."""
+    alignment: int
+    """Of the variants whose vision tower learns: steps in which the patch embedding learns alone."""
+    validate_every: int
+    """Steps between two validations."""
+
+
+LENGTHS = {
+    "smoke": Lengths(naming=4, blind=4, warm_up=6, soft=2, hard=4, flip_after=2, alignment=1, validate_every=3),
+    "small": Lengths(
+        naming=600, blind=120, warm_up=700, soft=20, hard=130, flip_after=40, alignment=20, validate_every=50
+    ),
+    "medium": Lengths(
+        naming=450, blind=120, warm_up=900, soft=20, hard=130, flip_after=40, alignment=40, validate_every=100
+    ),
+    "full": Lengths(
+        naming=2000, blind=500, warm_up=4000, soft=500, hard=2000, flip_after=500, alignment=200, validate_every=200
+    ),
+    "real": Lengths(
+        naming=600, blind=200, warm_up=800, soft=80, hard=320, flip_after=100, alignment=40, validate_every=50
+    ),
+}
+"""The one table of lengths. The ablations take those of "small"."""
+
+_DEEPER: dict[str, Any] = {"num_hidden_layers": 8, "pruning": {"layer": 2}}
+"""The tiny model with eight layers, pruning after the third."""
+_OPTIMISER = OptimiserConfig(
+    learning_rate=6e-3, vision_learning_rate=5e-4, alignment_learning_rate=1e-4, weight_decay=0.01
+)
+_DRAW = Draw(scans_per_step=8, questions_per_scan=24, max_shift=(0, 0, 0), robust_probability=0.0, flip_probability=0.0)
+_PRUNED_DRAW = dataclasses.replace(_DRAW, questions_per_scan=8, robust_probability=0.15, flip_probability=0.05)
+_TINY_DRAW = dataclasses.replace(_DRAW, scans_per_step=2, questions_per_scan=4)
+_LARGER: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 8,
+    "mrope_section": (4, 6, 6),
+    "vision": {"depth": 6, "hidden_size": 128, "intermediate_size": 256, "out_hidden_size": 128, "window_size": 112},
+}
+"""The tiny model twice as wide."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudySpec:
+    """Everything that decides a study, the data aside."""
+
+    name: str
+    """Preset it came from."""
+    seeds: tuple[int, ...]
+    """Each trains every variant once, from starts of its own."""
+    variants: tuple[Variant, ...]
+    lengths: Lengths
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of the tiny configuration that differ; those of ``vision`` and ``pruning`` in mappings of their own."""
+    optimiser: OptimiserConfig = _OPTIMISER
+    """Of the warm-up and the text-only model."""
+    pruned_optimiser: OptimiserConfig = dataclasses.replace(_OPTIMISER, learning_rate=1.5e-3)
+    """Of the variants, which go on from a warm-up."""
+    draw: Draw = _DRAW
+    """Batches of the warm-up and the text-only model."""
+    pruned_draw: Draw = _PRUNED_DRAW
+    """Batches of the variants."""
+    naming_max_shift: tuple[int, int, int] = (6, 6, 6)
+    """Voxels along z, y, x by which volumes move while the vision tower learns; once it is frozen they rest."""
+    naming_learning_rate: float = 6e-3
+    naming_scans_per_step: int = 8
+    margin: float | None = 0.1
+    """Validation accuracy above the blind model's that ends the warm-up."""
+    accumulate: int = 1
+    """Batches of a step whose gradients are added."""
+    save_every: int = 50
+    split: str = "test"
+    """Whose questions are answered in the end."""
+    max_scans: int | None = None
+    """At most so many scans of that split, in order of their ids; None: all."""
+    phantoms: str | None = None
+    """Preset of PhantomVQA that is made where there is no data yet; None: the data has to be there."""
+    rare_subtypes: tuple[str, ...] = ()
+    """Subtypes of questions about rare findings, which are also reported by themselves."""
+
+    @classmethod
+    def preset(
+        cls,
+        name: str,
+        *,
+        seeds: Sequence[int] | None = None,
+        variants: Collection[str] | None = None,
+        precision: Precision = "float32",
+        keep_ratio: float | None = None,
+    ) -> Self:
+        """The settings of a preset.
+
+        Args:
+            seeds: other seeds than the preset's.
+            variants: names of those variants that are trained; None: all.
+            precision: of the arithmetic of a training step.
+            keep_ratio: share of tokens of the policies that keep a set number.
+
+        Raises:
+            PhotonError: ``PRESET_UNKNOWN``; ``VARIANT_UNKNOWN``; ``PRECISION_UNKNOWN``.
+        """
+        if name not in PRESETS:
+            fact, remedy = "there is no such study.", f"Choose one of: {', '.join(PRESETS)}."
+            raise PhotonError("PRESET_UNKNOWN", name, fact, remedy)
+        lengths = LENGTHS["small" if name == "ablations" else name]
+        known = ablations(lengths.soft, lengths.hard) if name == "ablations" else policies(keep_ratio)
+        names = [variant.name for variant in known]
+        for variant in variants or ():
+            if variant not in names:
+                raise PhotonError(
+                    "VARIANT_UNKNOWN", variant, f"study {name!r} has none.", f"Choose of: {', '.join(names)}."
+                )
+        chosen = tuple(variant for variant in known if variants is None or variant.name in variants)
+        settings = {"seeds": (0, 1, 2)} | _SETTINGS[name] | ({"seeds": tuple(seeds)} if seeds else {})
+        spec = cls(name=name, variants=chosen, lengths=lengths, **settings)
+        return dataclasses.replace(
+            spec,
+            optimiser=dataclasses.replace(spec.optimiser, precision=precision),
+            pruned_optimiser=dataclasses.replace(spec.pruned_optimiser, precision=precision),
+        )
+
+    @property
+    def naming(self) -> NamingConfig:
+        """Of the vision start."""
+        rate = self.naming_learning_rate
+        return NamingConfig(
+            num_steps=self.lengths.naming,
+            learning_rate=rate,
+            patch_learning_rate=rate / 3,
+            largest_positive_weight=60.0,
+        )
+
+    def warm_up(self, seed: int) -> TrainSpec:
+        """The shared warm-up with all tokens, and the text-only model."""
+        return self._training(
+            seed,
+            schedule=StageSchedule(alignment=0, warm_up=self.lengths.warm_up, soft=0, hard=0, flip_after=0),
+            optimiser=self.optimiser,
+            blind_steps=self.lengths.blind,
+            switch=None if self.margin is None else WarmUpSwitch(margin=self.margin),
+            freeze_vision=True,
+        )
+
+    def own_warm_up(self, variant: Variant, seed: int, num_steps: int) -> TrainSpec:
+        """The warm-up of a variant that cannot share one: the same data, steps and seed under its own configuration."""
+        alignment = 0 if variant.freeze_vision else variant.lengths.get("alignment", self.lengths.alignment)
+        alignment = min(alignment, num_steps)
+        return self._training(
+            seed,
+            schedule=StageSchedule(alignment=alignment, warm_up=num_steps - alignment, soft=0, hard=0, flip_after=0),
+            optimiser=self.optimiser,
+            pruning=variant.pruning,
+            freeze_vision=variant.freeze_vision,
+        )
+
+    def training(self, variant: Variant, seed: int) -> TrainSpec:
+        """A variant's own training, from a warm-up."""
+        steps = {
+            name: variant.lengths.get(name, getattr(self.lengths, name)) for name in ("soft", "hard", "flip_after")
+        }
+        return self._training(
+            seed,
+            schedule=StageSchedule(alignment=0, warm_up=0, **steps),
+            optimiser=self.pruned_optimiser,
+            pruning=variant.pruning,
+            freeze_vision=variant.freeze_vision,
+            pruned_draw=dataclasses.replace(self.pruned_draw, **variant.draw),
+        )
+
+    def _training(self, seed: int, **settings: Any) -> TrainSpec:
+        common: dict[str, Any] = {
+            "draw": self.draw,
+            "pruned_draw": self.pruned_draw,
+            "blind_steps": 0,
+            "naming": NamingConfig(num_steps=0),
+            "validate_every": self.lengths.validate_every,
+            "save_every": self.save_every,
+            "accumulate": self.accumulate,
+        }
+        return TrainSpec(seed=seed, **common | settings)
+
+
+_RARE = tuple(f"{name} existence" for name in RARE_FINDINGS)
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "smoke": {
+        "phantoms": "vqa-smoke",
+        "rare_subtypes": _RARE,
+        "seeds": (0,),
+        "draw": _TINY_DRAW,
+        "pruned_draw": dataclasses.replace(_TINY_DRAW, robust_probability=0.15, flip_probability=0.05),
+        "naming_scans_per_step": 2,
+        "save_every": 2,
+    },
+    "small": {"phantoms": "vqa-small", "rare_subtypes": _RARE, "model": _DEEPER, "margin": None},
+    "ablations": {"phantoms": "vqa-small", "rare_subtypes": _RARE, "model": _DEEPER, "margin": None},
+    "medium": {"phantoms": "vqa-medium", "rare_subtypes": _RARE, "model": _DEEPER, "margin": None},
+    "full": {
+        "phantoms": "vqa-full",
+        "rare_subtypes": _RARE,
+        "model": _LARGER,
+        "optimiser": dataclasses.replace(_OPTIMISER, learning_rate=1e-3),
+        "pruned_optimiser": dataclasses.replace(_OPTIMISER, learning_rate=5e-4),
+        "save_every": 200,
+    },
+    "real": {"model": _DEEPER},
+}

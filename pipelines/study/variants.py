@@ -1,0 +1,80 @@
+"""The token policies and ablations that a study compares."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from pipelines.study.answer_table import CONDITIONS
+
+OWN_WARM_UP = ("slices", "pooled")
+"""Policies whose tokens differ from the first layer on: they cannot go on from a warm-up with all tokens."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to train from a shared start, and what its checkpoint is asked afterwards."""
+
+    name: str
+    """In tables, file names and runs: lower-case letters, digits, hyphens."""
+    pruning: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of the pruning configuration that differ from the start's."""
+    draw: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of the batches' settings that differ from the study's, in the soft and hard stages."""
+    lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Steps that differ from the study's: ``alignment``, ``soft``, ``hard``, ``flip_after``."""
+    has_own_warm_up: bool = False
+    """Warms up by itself from the vision start under its own configuration, as many steps as the shared one took."""
+    freeze_vision: bool = True
+    """Whether the vision tower stays as the vision start left it."""
+    conditions: tuple[str, ...] = ()
+    """What-if conditions that its checkpoint answers in, beside its own."""
+
+    @property
+    def policy(self) -> str:
+        """The token policy, a value of ``photon.config.POLICIES``."""
+        return str(self.pruning.get("policy", "photon"))
+
+
+def policies(keep_ratio: float | None = None) -> tuple[Variant, ...]:
+    """One variant a policy.
+
+    Args:
+        keep_ratio: share of tokens of the policies that keep a set number; None: the configuration's default.
+    """
+    ratio = {} if keep_ratio is None else {"keep_ratio": keep_ratio}
+    return (
+        Variant(name="photon", conditions=CONDITIONS[1:]),
+        Variant(name="all", pruning={"policy": "all"}),
+        Variant(name="fixed", pruning={"policy": "fixed", **ratio}),
+        Variant(name="fixed-blind", pruning={"policy": "fixed-blind", **ratio}),
+        Variant(name="slices", pruning={"policy": "slices", **ratio}, has_own_warm_up=True),
+        Variant(name="pooled", pruning={"policy": "pooled", **ratio}, has_own_warm_up=True),
+    )
+
+
+def ablations(soft: int, hard: int) -> tuple[Variant, ...]:
+    """Photon with one thing different each.
+
+    Args:
+        soft, hard: the study's steps; without a soft stage the hard one takes its steps over.
+    """
+    what_if = ("all tokens",)
+    unfrozen: dict[str, Any] = {"has_own_warm_up": True, "freeze_vision": False, "conditions": what_if}
+    return (
+        Variant(name="photon", conditions=what_if),
+        Variant(name="rule-paper", pruning={"sgp_rule": "paper"}, conditions=what_if),
+        Variant(name="bias-minus-5", pruning={"threshold_bias_init": -5.0}, conditions=what_if),
+        Variant(name="no-band", pruning={"band_weight": 0.0}, conditions=what_if),
+        Variant(name="low-band", pruning={"keep_band": (0.1, 0.3)}, conditions=what_if),
+        Variant(name="no-robustness", draw={"robust_probability": 0.0}, conditions=what_if),
+        Variant(name="no-flip", draw={"flip_probability": 0.0}, conditions=what_if),
+        Variant(name="no-soft-stage", lengths={"soft": 0, "hard": soft + hard}, conditions=what_if),
+        Variant(name="temperature-0.1", pruning={"temperature": 0.1}, conditions=what_if),
+        Variant(name="temperature-0.4", pruning={"temperature": 0.4}, conditions=what_if),
+        Variant(name="saliency-gradient", pruning={"saliency_gradient": True}, conditions=what_if),
+        # The patch embedding is trained alone before everything is: this means something only with a tower that learns.
+        Variant(name="vision-learns", **unfrozen),
+        Variant(name="vision-learns-no-alignment", lengths={"alignment": 0}, **unfrozen),
+    )

@@ -1,0 +1,232 @@
+"""Every question of a split answered by a checkpoint, from its own tokens and from others: what if it looked elsewhere?
+
+Every condition of :data:`pipelines.study.answer_table.CONDITIONS` uses the same weights and one encoding of the scan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from photon.errors import PhotonError
+from photon.generate import EncodedScan
+from photon.grid import num_visual_tokens
+from pipelines.manifest import MANIFEST_NAME, read_manifest
+from pipelines.metrics import score_answer
+from pipelines.questions import Question, read_questions
+from pipelines.study.answer_table import TRAINED, write_study_answers
+from pipelines.study.answering import Said, StudyAnswerer
+from pipelines.study.asked import AskedRegion, other_place, read_asked_regions
+from pipelines.volumes import read_volume
+
+Progress = Callable[[int, int, str], None]
+
+
+def answer_split(
+    checkpoint: Path,
+    data: Path,
+    target: Path,
+    *,
+    variant: str,
+    seed: int,
+    conditions: Collection[str],
+    split: str = "test",
+    has_volume: bool = True,
+    device: str = "cpu",
+    max_scans: int | None = None,
+    on_progress: Progress | None = None,
+) -> pl.DataFrame:
+    """Answer every question of a split and write the table :data:`pipelines.study.answer_table.STUDY_SCHEMA`.
+
+    Args:
+        checkpoint: trained model with its tokenizer.
+        data: folder with ``questions.jsonl``, ``volumes/`` and, for the regions, ``raw/labels/``.
+        target: Parquet file.
+        variant, seed: what the rows are called.
+        conditions: which conditions beside "trained".
+        has_volume: False for a model of the text alone.
+        max_scans: only the first scans of the split, in order of their ids.
+
+    Raises:
+        PhotonError: ``SPLIT_EMPTY``, and what reading the data or the checkpoint raises.
+    """
+    answerer = StudyAnswerer(checkpoint, device=device)
+    questions = read_questions(data / "questions.jsonl")
+    wordings = other_wordings(questions)
+    scans = _scans(data, questions, split)[:max_scans]
+    rows: list[dict[str, object]] = []
+    for done, (scan_id, path, asked) in enumerate(scans, start=1):
+        volume = read_volume(path)
+        regions = read_asked_regions(data, scan_id, volume.spec, volume.affine, asked)
+        scan, encode_seconds = answerer.encode(volume if has_volume else None)
+        own = answerer.ask(scan, asked)
+        answered = {TRAINED: dict(zip(range(len(asked)), own, strict=True))}
+        if has_volume:
+            answered |= _counterfactuals(answerer, scan, asked, own, regions, wordings, conditions)
+        names: dict[str, object] = {"variant": variant, "seed": seed, "encode_seconds": encode_seconds}
+        for condition, given in answered.items():
+            for place, said in given.items():
+                region = regions.get(asked[place].question_id) if condition == TRAINED else None
+                places = _grid_tokens(answerer, scan, said)
+                rows.append(names | {"condition": condition} | _row(asked[place], said, scan, answerer, places, region))
+        if on_progress:
+            on_progress(done, len(scans), scan_id)
+    return write_study_answers(rows, target)
+
+
+def other_wordings(questions: Sequence[Question]) -> dict[str, str]:
+    """For every question id another wording of the same question that the data uses, the first in the alphabet.
+
+    Our question ids are the scan's id, a point and what is asked; the data picks a wording by the whole id, so the
+    other wordings are found at other scans. Questions with other ids, and those with one wording, are left out."""
+    texts: dict[str, set[str]] = defaultdict(set)
+    for question in questions:
+        if key := _identity(question):
+            texts[key].add(question.question)
+    found: dict[str, str] = {}
+    for question in questions:
+        others = sorted(texts[_identity(question)] - {question.question}) if _identity(question) else []
+        if others:
+            found[question.question_id] = others[0]
+    return found
+
+
+def donors(questions: Sequence[Question], regions: Mapping[str, AskedRegion]) -> list[int | None]:
+    """For each question about a scan the place of a question about another place in it, by a checksum; None if none."""
+    chosen: list[int | None] = []
+    for question in questions:
+        others = [place for place, other in enumerate(questions) if other_place(regions, question, other)]
+        chosen.append(others[_checksum(question.question_id) % len(others)] if others else None)
+    return chosen
+
+
+def _counterfactuals(
+    answerer: StudyAnswerer,
+    scan: EncodedScan,
+    asked: Sequence[Question],
+    own: Sequence[Said],
+    regions: Mapping[str, AskedRegion],
+    wordings: Mapping[str, str],
+    conditions: Collection[str],
+) -> dict[str, dict[int, Said]]:
+    """Answers by condition and place of the question; a question that a condition does not fit has none."""
+    found: dict[str, dict[int, Said]] = {}
+
+    def note(condition: str, places: Sequence[int], said: Sequence[Said]) -> None:
+        found[condition] = dict(zip(places, said, strict=True))
+
+    everything = list(range(len(asked)))
+    keep = torch.stack([_known(said.keep) for said in own])
+    if "all tokens" in conditions:
+        note("all tokens", everything, answerer.ask(scan, asked, keep_all=True))
+    if "removed" in conditions:
+        note("removed", everything, answerer.ask(scan, asked, keep=~keep))
+    if "none" in conditions:
+        note("none", everything, answerer.ask(scan, asked, keep=torch.zeros_like(keep)))
+    if "random" in conditions:
+        drawn = [_random_tokens(mask, question.question_id) for mask, question in zip(keep, asked, strict=True)]
+        note("random", everything, answerer.ask(scan, asked, keep=torch.stack(drawn)))
+    if "swapped" in conditions:
+        pairs = [(place, donor) for place, donor in enumerate(donors(asked, regions)) if donor is not None]
+        if pairs:
+            places = [place for place, _ in pairs]
+            swapped = keep[[donor for _, donor in pairs]]
+            note("swapped", places, answerer.ask(scan, [asked[place] for place in places], keep=swapped))
+    if "paraphrase" in conditions:
+        places = [place for place, question in enumerate(asked) if question.question_id in wordings]
+        if places:
+            members = [asked[place] for place in places]
+            texts = [wordings[question.question_id] for question in members]
+            note("paraphrase", places, answerer.ask(scan, members, texts=texts))
+    return found
+
+
+def _random_tokens(keep: Tensor, question_id: str) -> Tensor:
+    """As many tokens as ``keep`` [N] has, drawn from the question's id."""
+    generator = torch.Generator().manual_seed(_checksum(question_id))
+    drawn = torch.zeros_like(keep)
+    drawn[torch.randperm(keep.numel(), generator=generator)[: int(keep.sum())]] = True
+    return drawn
+
+
+def _checksum(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])
+
+
+def _identity(question: Question) -> str:
+    """What a question asks, whatever the scan and the words; "" where the id does not tell."""
+    start = f"{question.scan_id}."
+    return question.question_id.removeprefix(start) if question.question_id.startswith(start) else ""
+
+
+def _scans(data: Path, questions: Sequence[Question], split: str) -> list[tuple[str, Path, list[Question]]]:
+    """Scans of a split that preprocessing accepted: id, volume and questions."""
+    accepted = read_manifest(data / "volumes" / MANIFEST_NAME).filter(status="ok")
+    volumes = {scan_id: data / "volumes" / name for scan_id, name in accepted.select("scan_id", "volume").iter_rows()}
+    by_scan: dict[str, list[Question]] = defaultdict(list)
+    for question in questions:
+        if question.split == split and question.scan_id in volumes:
+            by_scan[question.scan_id].append(question)
+    if not by_scan:
+        fact = f"no accepted scan has questions in split {split!r}."
+        raise PhotonError("SPLIT_EMPTY", data, fact, "Choose a split that has questions, and preprocess its scans.")
+    return [
+        (scan_id, volumes[scan_id], sorted(asked, key=lambda question: question.question_id))
+        for scan_id, asked in sorted(by_scan.items())
+    ]
+
+
+def _grid_tokens(answerer: StudyAnswerer, scan: EncodedScan, said: Said) -> list[int] | None:
+    """Numbers in the scan's whole grid of the tokens used; None where tokens have no place in it."""
+    if said.keep is None or answerer.model.config.pruning.policy == "pooled":
+        return None
+    return [int(token) for token in scan.context.grid_tokens(said.keep.nonzero().flatten())]
+
+
+def _known(keep: Tensor | None) -> Tensor:
+    assert keep is not None, "a scan has visual tokens"
+    return keep
+
+
+def _row(
+    question: Question,
+    said: Said,
+    scan: EncodedScan,
+    answerer: StudyAnswerer,
+    kept: list[int] | None,
+    region: AskedRegion | None,
+) -> dict[str, object]:
+    vision = answerer.model.config.vision
+    return {
+        "question_id": question.question_id,
+        "scan_id": question.scan_id,
+        "patient_id": question.patient_id,
+        "family": question.family,
+        "subtype": question.subtype,
+        "organ": question.organ,
+        "kind": question.kind,
+        "question": question.question,
+        "num_options": len(question.options),
+        "gold": question.answer,
+        "predicted": said.text,
+        "score": score_answer(question, said.text),
+        "confidence": said.confidence,
+        "gold_probability": said.gold_probability,
+        "num_tokens": sum(num_visual_tokens(grid, vision) for grid in scan.context.grids),
+        "num_kept": 0 if said.keep is None else int(said.keep.sum()),
+        "kept": kept,
+        "organ_region": _listed(None if region is None else region.organ),
+        "lesion_region": _listed(None if region is None else region.lesion),
+        "place": _listed(region.labels) if region is not None and region.labels.any() else None,
+        "seconds": said.seconds,
+    }
+
+
+def _listed(mask: object) -> list[int] | None:
+    return None if mask is None else [int(token) for token in torch.as_tensor(mask).nonzero().flatten()]

@@ -1,0 +1,85 @@
+"""What a study trains: presets, variants, and that all of them get the same number of steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from photon.config import PruningConfig, tiny
+from photon.errors import PhotonError
+from pipelines.dataset import Draw
+from pipelines.study.answer_table import CONDITIONS
+from pipelines.study.spec import LENGTHS, PRESETS, StudySpec
+from pipelines.study.starts import sized
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_makes_sense(name: str) -> None:
+    spec = StudySpec.preset(name)
+    names = [variant.name for variant in spec.variants]
+    assert names[0] == "photon" and len(set(names)) == len(names)
+    assert all(re.fullmatch(r"[a-z0-9.-]+", each) for each in names)
+    config = sized(tiny(40, special_ids={"vision_start": 1, "vision_end": 2, "video": 3, "eos": 4}), spec.model)
+    for variant in spec.variants:
+        pruning = dataclasses.replace(config.pruning, **variant.pruning)
+        dataclasses.replace(config, pruning=pruning)  # refuses what does not fit together
+        dataclasses.replace(spec.pruned_draw, **variant.draw)
+        assert set(variant.conditions) <= set(CONDITIONS)
+        training, own = spec.training(variant, 1), spec.own_warm_up(variant, 1, 7)
+        assert training.schedule.num_steps == spec.lengths.soft + spec.lengths.hard
+        assert training.schedule.warm_up == own.schedule.soft == own.schedule.hard == 0
+        assert own.schedule.num_steps == 7
+        assert training.seed == own.seed == 1
+        if variant.freeze_vision:  # encoded once: the volumes may not move
+            assert training.pruned_draw.max_shift == own.draw.max_shift == (0, 0, 0)
+
+
+def test_policies_differ_in_nothing_but_the_policy() -> None:
+    spec = StudySpec.preset("small")
+    plain = [dataclasses.replace(spec.training(variant, 0), pruning={}) for variant in spec.variants]
+    assert all(training == plain[0] for training in plain)
+    assert {variant.policy for variant in spec.variants} == {
+        "photon",
+        "all",
+        "fixed",
+        "fixed-blind",
+        "slices",
+        "pooled",
+    }
+
+
+def test_ablations_differ_from_photon_in_one_thing() -> None:
+    spec = StudySpec.preset("ablations")
+    base = spec.training(spec.variants[0], 0)
+    for variant in spec.variants[1:]:
+        training = spec.training(variant, 0)
+        changed = {
+            field.name
+            for field in dataclasses.fields(training)
+            if getattr(training, field.name) != getattr(base, field.name)
+        }
+        assert len(changed) == 1 or (variant.name == "vision-learns-no-alignment" and changed == {"freeze_vision"})
+        fields = {field.name for field in dataclasses.fields(PruningConfig)}
+        assert set(variant.pruning) <= fields
+        assert set(variant.draw) <= {field.name for field in dataclasses.fields(Draw)}
+        assert set(variant.lengths) <= {field.name for field in dataclasses.fields(LENGTHS["small"])}
+
+
+def test_choices() -> None:
+    spec = StudySpec.preset("small", seeds=[4], variants=["fixed", "photon"], precision="bfloat16", keep_ratio=0.5)
+    assert spec.seeds == (4,)
+    assert [variant.name for variant in spec.variants] == ["photon", "fixed"]
+    assert spec.variants[1].pruning["keep_ratio"] == 0.5
+    assert spec.optimiser.precision == spec.pruned_optimiser.precision == "bfloat16"
+
+
+def test_unknown_names_are_refused() -> None:
+    for code, call in (
+        ("PRESET_UNKNOWN", lambda: StudySpec.preset("large")),
+        ("VARIANT_UNKNOWN", lambda: StudySpec.preset("small", variants=["photon", "pruned"])),
+    ):
+        with pytest.raises(PhotonError) as caught:
+            call()
+        assert caught.value.code == code
