@@ -84,8 +84,9 @@ def _resized(config: PhotonConfig, model: Mapping[str, Any]) -> PhotonConfig:
     heads = changes.get("num_attention_heads", config.num_attention_heads)
     vision = {"out_hidden_size": width, **changes.pop("vision", {})}
     if isinstance(width, int) and isinstance(heads, int) and heads > 0:
-        sections = tuple(part * (width // heads) // config.head_dim for part in config.mrope_section)
-        changes.setdefault("mrope_section", sections)
+        half = width // heads // 2
+        depth, height = (part * half * 2 // config.head_dim for part in config.mrope_section[:2])
+        changes.setdefault("mrope_section", (depth, height, half - depth - height))
     return _changed(config, {**changes, "vision": _changed(config.vision, vision)})
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from photon.checkpoint import replace_folder, write_model
 from photon.device import choose_device
+from photon.errors import PhotonError
 from photon.model.network import Photon
 from photon.ops.backend import Backend, resolve
 from pipelines.dataset import LabelledScan, read_split
@@ -77,6 +78,9 @@ def train(
         texts = _texts(scans)
         if start_from is None:
             start = start_from_scratch(texts, spec.model)
+        elif spec.model:
+            fact = f"{', '.join(spec.model)} cannot be other than the checkpoint's."
+            raise PhotonError("TRAINING_INVALID", start_from, fact, "Leave it out, or train from scratch.")
         else:
             start = start_from_checkpoint(start_from, texts)
         start = start.with_pruning(spec.pruning)

@@ -140,6 +140,7 @@ class TrainRun:
             on_step=on_step,
         )
         model.visual.requires_grad_(not self.spec.freeze_vision)
+        model.visual.zero_grad(set_to_none=True)  # what is left there would count in the norm of later gradients
 
     def train_blind(self) -> Photon:
         """The same decoder on the same questions without any scan."""

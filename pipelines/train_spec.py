@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -55,12 +56,9 @@ class TrainSpec:
             fact = f"a step of {self.accumulate} micro-batches does nothing."
             raise PhotonError("TRAINING_INVALID", "accumulate", fact, "Give a whole number from 1.")
         if self.freeze_vision and self.schedule.alignment:
-            fact = (
-                f"in {self.schedule.alignment} steps of alignment only the vision tower would learn, and it is frozen."
-            )
-            raise PhotonError(
-                "TRAINING_INVALID", "alignment", fact, "Plan no alignment, or let the vision tower learn."
-            )
+            fact = f"in its {self.schedule.alignment} steps only the vision tower would learn, and it is frozen."
+            remedy = "Plan no alignment, or let the vision tower learn."
+            raise PhotonError("TRAINING_INVALID", "alignment", fact, remedy)
 
     @classmethod
     def preset(
@@ -73,6 +71,9 @@ class TrainSpec:
         precision: Precision = "float32",
         scans_per_step: int | None = None,
         questions_per_scan: int | None = None,
+        schedule: StageSchedule | None = None,
+        learning_rate: float | None = None,
+        freeze_vision: bool = False,
     ) -> Self:
         """The settings of a preset.
 
@@ -82,9 +83,12 @@ class TrainSpec:
             naming_steps: length of vision pretraining, when it is to be another.
             precision: of the arithmetic of a step, as :class:`OptimiserConfig` has it.
             scans_per_step, questions_per_scan: size of every stage's batches, when it is to be another.
+            schedule: the stages, when they are to be others.
+            learning_rate: of the decoder, when it is to be another; the other rates keep their ratio to it.
+            freeze_vision: the vision tower does not learn, so that there is no alignment unless ``schedule`` has one.
 
         Raises:
-            PhotonError: ``PRESET_UNKNOWN``, ``PRECISION_UNKNOWN``.
+            PhotonError: ``PRESET_UNKNOWN``, ``PRECISION_UNKNOWN``, ``TRAINING_INVALID``.
         """
         if name not in _PRESETS:
             known = ", ".join(_PRESETS)
@@ -93,11 +97,19 @@ class TrainSpec:
         if is_pretrained:
             spec = dataclasses.replace(spec, optimiser=_PRETRAINED_OPTIMISER)
             naming_steps = naming_steps or 0
+        optimiser = dataclasses.replace(spec.optimiser, precision=precision)
+        if learning_rate is not None:
+            optimiser = _with_rate(optimiser, learning_rate)
+        if schedule is None:
+            alignment = 0 if freeze_vision else spec.schedule.alignment
+            schedule = dataclasses.replace(spec.schedule, alignment=alignment)
         sizes = {"scans_per_step": scans_per_step, "questions_per_scan": questions_per_scan}
         changed: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
         return dataclasses.replace(
             spec,
-            optimiser=dataclasses.replace(spec.optimiser, precision=precision),
+            schedule=schedule,
+            freeze_vision=freeze_vision,
+            optimiser=optimiser,
             draw=dataclasses.replace(spec.draw, **changed),
             pruned_draw=dataclasses.replace(spec.pruned_draw, **changed),
             naming=spec.naming if naming_steps is None else dataclasses.replace(spec.naming, num_steps=naming_steps),
@@ -114,6 +126,19 @@ class TrainSpec:
             if name not in later or later[name] != _LATER[name]
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _with_rate(optimiser: OptimiserConfig, learning_rate: float) -> OptimiserConfig:
+    if not (math.isfinite(learning_rate) and learning_rate > 0):
+        fact = f"{learning_rate} is not a positive number."
+        raise PhotonError("TRAINING_INVALID", "learning rate", fact, "Give one, for example 0.001.")
+    ratio = learning_rate / optimiser.learning_rate
+    return dataclasses.replace(
+        optimiser,
+        learning_rate=learning_rate,
+        vision_learning_rate=optimiser.vision_learning_rate * ratio,
+        alignment_learning_rate=optimiser.alignment_learning_rate * ratio,
+    )
 
 
 _LATER: dict[str, Any] = {"pruning": {}, "model": {}, "freeze_vision": False, "switch": None, "accumulate": 1}

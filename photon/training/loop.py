@@ -165,6 +165,9 @@ class Trainer:
         self._set_learning_rates(step, stage)
         self.optimiser.zero_grad(set_to_none=True)
         num_branches = sum(item.num_branches for item in items)
+        if not num_branches:
+            fact, remedy = "none of its scans has a question.", "Ask something about every scan of the training split."
+            raise PhotonError("TRAINING_FAILED", f"step {step}", fact, remedy)
         results = [self._backward(item, stage, step, num_branches) for item in items if item.num_branches]
         result = (
             results[0] if len(results) == 1 else StepResult.of_sums(torch.stack([r.sums() for r in results]).sum(0))
