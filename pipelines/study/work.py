@@ -17,6 +17,7 @@ import polars as pl
 from pipelines.dataset import Draw
 from pipelines.study.answer_table import TRAINED
 from pipelines.study.memory import peak_memory, reset_peak
+from pipelines.study.region_table import write_regions
 from pipelines.study.spec import StudySpec
 from pipelines.study.starts import write_vision_start
 from pipelines.study.what_if import answer_split
@@ -25,6 +26,18 @@ from pipelines.train import train
 from pipelines.train_spec import TrainSpec
 
 Progress = Callable[[int, int, str], None]
+
+
+def find_regions(
+    data: Path, target: Path, split: str, max_scans: int | None, *, tracker: Tracker, on_progress: Progress
+) -> dict[str, Any]:
+    """:func:`pipelines.study.region_table.write_regions`, with how many questions have a region."""
+    table = write_regions(data, target, split=split, max_scans=max_scans, on_progress=on_progress)
+    return {
+        "num_questions": len(table),
+        "num_with_organ": len(table) - table["organ_region"].null_count(),
+        "num_with_lesion": len(table) - table["lesion_region"].null_count(),
+    }
 
 
 def make_vision_start(
@@ -84,6 +97,7 @@ def answer_questions(
     checkpoint: Path,
     data: Path,
     target: Path,
+    regions: Path,
     variant: str,
     seed: int,
     conditions: Sequence[str],
@@ -101,6 +115,7 @@ def answer_questions(
         checkpoint,
         data,
         target,
+        regions=regions,
         variant=variant,
         seed=seed,
         conditions=conditions,
