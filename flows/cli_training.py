@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -40,6 +41,26 @@ def train(
     start_from: Annotated[
         Path | None, typer.Option(help="Checkpoint folder to start from, with its tokenizer; default: from scratch.")
     ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Length of the training; the preset's stages grow or shrink with it.")
+    ] = None,
+    stages: Annotated[
+        str | None,
+        typer.Option(
+            help="Length of each stage: in steps, alignment=100,warm-up=1000,soft=400,hard=500,flip-after=100, or as "
+            "fractions of the run, alignment=0.05,warm-up=0.5,soft=0.2,flip-after=0.05, where hard gets the rest."
+        ),
+    ] = None,
+    evidence_margin: Annotated[
+        float | None,
+        typer.Option(
+            help="End the warm-up as soon as validation accuracy is above that of the text-only model by this much "
+            "(0.02: two points); its planned length is then the longest. Default: the planned length."
+        ),
+    ] = None,
+    evidence_patience: Annotated[
+        int, typer.Option(min=1, help="Validations in a row that have to show it; with --evidence-margin.")
+    ] = 1,
     naming_steps: Annotated[
         int | None,
         typer.Option(
@@ -52,6 +73,30 @@ def train(
     questions_per_scan: Annotated[
         int | None, typer.Option(min=1, help="Questions about each scan of a batch; default the preset's.")
     ] = None,
+    accumulate: Annotated[
+        int, typer.Option(min=1, help="Micro-batches a step, to save memory: same batch, same gradient.")
+    ] = 1,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of the decoder; the others keep their ratio to it. Default the preset's.")
+    ] = None,
+    validate_every: Annotated[int | None, typer.Option(min=1, help="Steps; default the preset's.")] = None,
+    save_every: Annotated[int | None, typer.Option(min=1, help="Steps; default the preset's.")] = None,
+    freeze_vision: Annotated[
+        bool,
+        typer.Option(
+            "--freeze-vision/--train-vision",
+            help="Keep the vision tower as its pretraining or the checkpoint left it; scans are encoded once.",
+        ),
+    ] = False,
+    pruning: Annotated[
+        list[str] | None,
+        typer.Option(help="Setting of the pruning, name=value, e.g. policy=fixed or keep_ratio=0.35; repeatable."),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Size of the model from scratch, e.g. hidden_size=128 or vision.depth=6; repeatable."),
+    ] = None,
+    blind: Annotated[bool, typer.Option("--blind/--no-blind", help="Train the text-only model too.")] = True,
     device: Device = "auto",
     precision: Precision = "float32",
     backend: Backend = "auto",
@@ -71,10 +116,17 @@ def train(
 
     Example: `photon train --data data --output out/train --preset demo`
     """
+    from photon.training.stages import WarmUpSwitch
     from pipelines.train import train as run_stage
+    from pipelines.train_options import parse_settings, parse_stages
     from pipelines.train_spec import TrainSpec
     from pipelines.versioning import folder_version
 
+    switch = None
+    if evidence_margin is not None:
+        switch = WarmUpSwitch(margin=evidence_margin, patience=evidence_patience)
+    is_planned = steps is not None or stages is not None
+    plain = TrainSpec.preset(preset, freeze_vision=freeze_vision)
     spec = TrainSpec.preset(
         preset,
         seed=seed,
@@ -83,6 +135,18 @@ def train(
         precision=precision,
         scans_per_step=scans_per_step,
         questions_per_scan=questions_per_scan,
+        schedule=parse_stages(stages, steps, plain.schedule) if is_planned else None,
+        learning_rate=learning_rate,
+        freeze_vision=freeze_vision,
+    )
+    spec = dataclasses.replace(
+        spec,
+        pruning=parse_settings(pruning or []),
+        model=parse_settings(model or []),
+        switch=switch,
+        accumulate=accumulate,
+        validate_every=validate_every or spec.validate_every,
+        save_every=save_every or spec.save_every,
     )
     version = folder_version(data)
     with tracked("train", track, version) as tracker, show_progress("train") as on_progress, show_log():
@@ -92,6 +156,7 @@ def train(
             output,
             data_version=version,
             start_from=start_from,
+            train_blind=blind,
             device=device,
             backend=backend,
             checkpoint_activations=recompute,
@@ -100,7 +165,7 @@ def train(
         )
     show_results(
         checkpoint=record.checkpoint,
-        blind_checkpoint=record.blind_checkpoint,
+        blind_checkpoint=record.blind_checkpoint or "none",
         history=record.history,
         final_loss=f"{record.final_loss:.4f} after {record.num_steps} steps",
     )

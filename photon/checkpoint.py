@@ -140,12 +140,20 @@ def read_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: torc
 
 
 def read_pretrained(
-    folder: Path, *, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    folder: Path,
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    config: PhotonConfig | None = None,
 ) -> tuple[Photon, tuple[str, ...]]:
     """Read a model to train further: a Photon checkpoint, or a plain Qwen2.5-VL, which lacks some of its parameters.
 
     The patch embedding and the pruning parameters, where the folder has none, start as
     :meth:`Photon.initialise` defines them; a patch embedding for pictures is ignored. The log names both.
+
+    Args:
+        config: of the model, where it is to be another than the folder's (:func:`read_pretrained_config`).
 
     Returns:
         The model, and the names of the parameters that were initialised.
@@ -153,7 +161,7 @@ def read_pretrained(
     Raises:
         PhotonError: as :func:`read_model`.
     """
-    model = _empty_model(read_pretrained_config(folder))
+    model = _empty_model(config or read_pretrained_config(folder))
     inventory = Inventory(folder)
     pruning = [name for name, _ in model.named_parameters() if ".atp." in name]
     # A part of the threshold network is not completed: its other part would belong to other numbers.

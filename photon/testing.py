@@ -126,8 +126,10 @@ def training_batch(
 ) -> TrainingBatch:
     """Pack contexts and branches for training; ``perturbed`` and ``flipped`` name branches by number."""
     numbers = torch.arange(len(branches))
-    marks = [torch.isin(numbers, torch.tensor(list(chosen), dtype=torch.long)) for chosen in (perturbed, flipped)]
-    return TrainingBatch(pack_batch(contexts, branches, config), *marks)
+    is_bad, is_flipped = (
+        torch.isin(numbers, torch.tensor(list(chosen), dtype=torch.long)) for chosen in (perturbed, flipped)
+    )
+    return TrainingBatch(pack_batch(contexts, branches, config), is_bad, is_flipped)
 
 
 def ragged_layouts() -> dict[str, Layout]:

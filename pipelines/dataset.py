@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from photon.grid import Grid, grid_of, num_visual_tokens, occupied_tokens, patch
 from photon.model.contexts import encoded, reduced
 from photon.model.packing import IGNORE_INDEX, Branch, Context, pack_batch
 from photon.model.vision import VisionTower
+from photon.training.faults import naming
 from photon.training.perturb import draw_kind, perturb
 from photon.training.pretrain import NamingBatch, token_labels
 from photon.training.step import TrainingBatch
@@ -106,6 +108,16 @@ class Draw:
     flip_probability: float
 
 
+@dataclass(frozen=True)
+class _DrawnScan:
+    """A scan of a step: its name, what makes its context, whether that is spoilt, and its drawn branches."""
+
+    name: str
+    context: Callable[[], Context]
+    is_spoilt: bool
+    branches: list[tuple[Tensor, Tensor]]
+
+
 class BatchSource:
     """Training batches of a split. Batch ``step`` depends on the seed and the step, so resuming needs no state."""
 
@@ -135,19 +147,29 @@ class BatchSource:
 
     def batch(self, step: int, with_flips: bool) -> TrainingBatch:
         """Batch of scans with their questions."""
+        return self.parts(step, with_flips, [0], 1)[0]
+
+    def parts(self, step: int, with_flips: bool, numbers: Sequence[int], count: int) -> list[TrainingBatch]:
+        """Some of the ``count`` micro-batches to which the scans of a step's batch are dealt in turn.
+
+        What is drawn for a step does not depend on them. A clean scan is cut into patches only for a micro-batch that
+        is asked for; a spoilt one always, as its noise comes out of the step's random numbers.
+
+        Args:
+            numbers: of the micro-batches, from 0.
+
+        Returns:
+            The micro-batches in the order of ``numbers``, without those that no scan was left for.
+
+        Raises:
+            PhotonError: whatever reading a scan raises, with the scan named; ``TRAINING_FAILED`` for other faults.
+        """
         generator = self._generator(step)
-        contexts, branches, spoilt = [], [], []
-        for place, index in enumerate(self._scan_order(step)):
-            shift = draw_shift(self.draw.max_shift, generator)
-            is_spoilt = float(torch.rand((), generator=generator)) < self.draw.robust_probability
-            contexts.append(self._spoilt(index, shift, generator) if is_spoilt else self._clean(index, shift))
-            for tokens in self._drawn(self._branches[index], generator):
-                branches.append(Branch(place, *tokens))
-                spoilt.append(is_spoilt)
-        is_perturbed = torch.tensor(spoilt)
+        drawn = [self._draw_scan(index, generator) for index in self._scan_order(step)]
         odds = self.draw.flip_probability if with_flips else 0.0
-        is_flipped = (torch.rand(len(branches), generator=generator) < odds) & ~is_perturbed
-        return TrainingBatch(pack_batch(contexts, branches, self.config), is_perturbed, is_flipped)
+        num_branches = [len(scan.branches) for scan in drawn]
+        flips = (torch.rand(sum(num_branches), generator=generator) < odds).split(num_branches)
+        return [self._packed(drawn[n::count], flips[n::count]) for n in numbers if n < len(drawn)]
 
     def with_draw(self, draw: Draw) -> BatchSource:
         """The same scans drawn otherwise; what a tower encoded is shared. Raises as the constructor does."""
@@ -157,12 +179,19 @@ class BatchSource:
 
     def blind_batch(self, step: int) -> TrainingBatch:
         """The same questions without their scans."""
+        return self.blind_parts(step, [0], 1)[0]
+
+    def blind_parts(self, step: int, numbers: Sequence[int], count: int) -> list[TrainingBatch]:
+        """Micro-batches as of :meth:`parts`, of the same questions without their scans."""
         generator = self._generator(step)
-        drawn = [t for index in self._scan_order(step) for t in self._drawn(self._blind[index], generator)]
-        branches = [Branch(0, *tokens) for tokens in drawn]
-        packed = pack_batch([empty_context(self.config)], branches, self.config)
-        nothing = torch.zeros(len(branches), dtype=torch.bool)
-        return TrainingBatch(packed, nothing, nothing)
+        drawn = [(index, self._drawn(self._blind[index], generator)) for index in self._scan_order(step)]
+        items = []
+        for mine in (drawn[n::count] for n in numbers if n < len(drawn)):
+            branches = [Branch(0, *tokens) for _, own in mine for tokens in own]
+            nothing = torch.zeros(len(branches), dtype=torch.bool)
+            packed = pack_batch([empty_context(self.config)], branches, self.config)
+            items.append(TrainingBatch(packed, nothing, nothing, tuple(self._name(index) for index, _ in mine)))
+        return items
 
     def _generator(self, step: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
@@ -180,6 +209,28 @@ class BatchSource:
         order = torch.randperm(len(branches), generator=generator)[: self.draw.questions_per_scan]
         return [branches[i] for i in order.tolist()]
 
+    def _draw_scan(self, index: int, generator: torch.Generator) -> _DrawnScan:
+        with naming([self._name(index)], "reading"):
+            shift = draw_shift(self.draw.max_shift, generator)
+            is_spoilt = float(torch.rand((), generator=generator)) < self.draw.robust_probability
+            context = self._spoilt(index, shift, generator) if is_spoilt else partial(self._clean, index, shift)
+            return _DrawnScan(self._name(index), context, is_spoilt, self._drawn(self._branches[index], generator))
+
+    def _packed(self, drawn: Sequence[_DrawnScan], flips: Sequence[Tensor]) -> TrainingBatch:
+        contexts, branches = [], []
+        for place, scan in enumerate(drawn):
+            with naming([scan.name], "reading"):
+                contexts.append(scan.context())
+            branches += [Branch(place, *tokens) for tokens in scan.branches]
+        is_perturbed = torch.tensor([scan.is_spoilt for scan in drawn for _ in scan.branches])
+        is_flipped = torch.cat(list(flips)) & ~is_perturbed
+        names = tuple(scan.name for scan in drawn)
+        with naming(names, "packing"):
+            return TrainingBatch(pack_batch(contexts, branches, self.config), is_perturbed, is_flipped, names)
+
+    def _name(self, index: int) -> str:
+        return self.scans[index].questions[0].scan_id
+
     def _clean(self, index: int, shift: tuple[int, ...]) -> Context:
         if self.tower is None:
             return context_of(*self._patches(index, shift), self.prompter, self.config)
@@ -188,10 +239,16 @@ class BatchSource:
             self._encoded[index] = encoded(context, self.tower)
         return self._encoded[index]
 
-    def _spoilt(self, index: int, shift: tuple[int, ...], generator: torch.Generator) -> Context:
+    def _spoilt(self, index: int, shift: tuple[int, ...], generator: torch.Generator) -> Callable[[], Context]:
+        """What makes the context of a scan whose patches are spoilt here and now."""
         patches, grid = self._patches(index, shift)
-        context = context_of(perturb(patches, draw_kind(generator), generator), grid, self.prompter, self.config)
-        return context if self.tower is None else encoded(context, self.tower)
+        spoilt = perturb(patches, draw_kind(generator), generator)
+
+        def context() -> Context:
+            made = context_of(spoilt, grid, self.prompter, self.config)
+            return made if self.tower is None else encoded(made, self.tower)
+
+        return context
 
     def _patches(self, index: int, shift: tuple[int, ...]) -> tuple[Tensor, Grid]:
         volume = self.scans[index].volume

@@ -93,7 +93,8 @@ class VersionRecord(Record):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainRecord(Record):
-    """A finished training run."""
+    """A finished training run. `blind_checkpoint` is "" where no text-only model was trained. `num_steps` were done:
+    fewer than planned when evidence ended the warm-up."""
 
     checkpoint: str
     blind_checkpoint: str

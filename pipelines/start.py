@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from photon.checkpoint import CONFIG, read_pretrained, read_pretrained_config
-from photon.config import PhotonConfig, tiny
+from photon.config import PhotonConfig, PruningConfig, VisionConfig, tiny
 from photon.errors import PhotonError
 from photon.model.network import Photon
 from photon.weights import INDEX, Inventory
@@ -18,6 +20,7 @@ from pipelines.files import file_digest
 from pipelines.text import PROMPT, TOKENIZER, Prompter, build_tokenizer
 
 _NUM_SHOWN = 12
+_Config = TypeVar("_Config", PhotonConfig, VisionConfig, PruningConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +48,58 @@ class Start:
             with torch.device(device):
                 model = Photon(self.config)
             return model.initialise(seed), ()
-        return read_pretrained(self.folder, seed=seed, device=device)
+        return read_pretrained(self.folder, seed=seed, device=device, config=self.config)
+
+    def with_pruning(self, changes: Mapping[str, Any]) -> Start:
+        """The start with other settings of the pruning.
+
+        Raises:
+            PhotonError: ``CONFIG_INVALID`` for a setting that does not exist or that does not fit.
+        """
+        if not changes:
+            return self
+        pruning = _changed(self.config.pruning, changes)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, pruning=pruning))
 
 
-def start_from_scratch(texts: Sequence[str]) -> Start:
-    """The tiny model over the words of the training texts."""
+def start_from_scratch(texts: Sequence[str], model: Mapping[str, Any] | None = None) -> Start:
+    """The tiny model over the words of the training texts.
+
+    Args:
+        model: fields of :class:`photon.config.PhotonConfig` that are to be other than those of
+            :func:`photon.config.tiny`, and under ``vision`` such of its vision tower. What follows from the width and
+            is not given follows it: the tower's output width and the rotary sections.
+
+    Raises:
+        PhotonError: ``CONFIG_INVALID`` for a setting that does not exist or numbers that do not fit together.
+    """
     prompter = Prompter(build_tokenizer(texts))
-    return Start(prompter=prompter, config=tiny(prompter.vocab_size, special_ids=prompter.special_ids))
+    config = tiny(prompter.vocab_size, special_ids=prompter.special_ids)
+    return Start(prompter=prompter, config=_resized(config, model) if model else config)
+
+
+def _resized(config: PhotonConfig, model: Mapping[str, Any]) -> PhotonConfig:
+    changes = dict(model)
+    width = changes.get("hidden_size", config.hidden_size)
+    heads = changes.get("num_attention_heads", config.num_attention_heads)
+    vision = {"out_hidden_size": width, **changes.pop("vision", {})}
+    if isinstance(width, int) and isinstance(heads, int) and heads > 0:
+        half = width // heads // 2
+        depth, height = (part * half * 2 // config.head_dim for part in config.mrope_section[:2])
+        changes.setdefault("mrope_section", (depth, height, half - depth - height))
+    return _changed(config, {**changes, "vision": _changed(config.vision, vision)})
+
+
+def _changed(config: _Config, changes: Mapping[str, Any]) -> _Config:
+    known = {field.name for field in dataclasses.fields(config)}
+    if unknown := sorted(set(changes) - known):
+        fact = f"there is no setting {', '.join(unknown)}."
+        raise PhotonError("CONFIG_INVALID", type(config).__name__, fact, f"Choose among: {', '.join(sorted(known))}.")
+    # JSON and the command line have lists where a configuration has tuples.
+    fitted: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()
+    }
+    return dataclasses.replace(config, **fitted)
 
 
 def start_from_checkpoint(folder: Path, texts: Sequence[str]) -> Start:

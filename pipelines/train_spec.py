@@ -5,18 +5,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+from collections.abc import Mapping
 from typing import Any, Self
 
 from photon.errors import PhotonError
 from photon.training.loop import OptimiserConfig, Precision
 from photon.training.pretrain import NamingConfig
-from photon.training.stages import StageSchedule
+from photon.training.stages import StageSchedule, WarmUpSwitch
 from pipelines.dataset import Draw
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSpec:
-    """Everything that decides a training run, the data aside."""
+    """Everything that decides a training run, the data aside.
+
+    Raises:
+        PhotonError: ``TRAINING_INVALID`` when a setting is out of its range or contradicts another.
+    """
 
     seed: int = 0
     schedule: StageSchedule
@@ -32,6 +38,27 @@ class TrainSpec:
     naming_scans_per_step: int = 8
     validate_every: int = 50
     save_every: int = 50
+    pruning: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings of :class:`photon.config.PruningConfig` that are to be other than the start's."""
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings of the model from scratch that are to be other than the tiny preset's, see
+    :func:`pipelines.start.start_from_scratch`."""
+    freeze_vision: bool = False
+    """Whether the vision tower learns nothing but its pretraining on label maps. Scans are then encoded once and do
+    not move (``max_shift`` holds for the pretraining alone)."""
+    switch: WarmUpSwitch | None = None
+    """What ends the warm-up before the schedule does; None: nothing."""
+    accumulate: int = 1
+    """Micro-batches that a step's scans are dealt to, one after another; the gradient is that of all together."""
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1:
+            fact = f"a step of {self.accumulate} micro-batches does nothing."
+            raise PhotonError("TRAINING_INVALID", "accumulate", fact, "Give a whole number from 1.")
+        if self.freeze_vision and self.schedule.alignment:
+            fact = f"in its {self.schedule.alignment} steps only the vision tower would learn, and it is frozen."
+            remedy = "Plan no alignment, or let the vision tower learn."
+            raise PhotonError("TRAINING_INVALID", "alignment", fact, remedy)
 
     @classmethod
     def preset(
@@ -44,6 +71,9 @@ class TrainSpec:
         precision: Precision = "float32",
         scans_per_step: int | None = None,
         questions_per_scan: int | None = None,
+        schedule: StageSchedule | None = None,
+        learning_rate: float | None = None,
+        freeze_vision: bool = False,
     ) -> Self:
         """The settings of a preset.
 
@@ -53,9 +83,12 @@ class TrainSpec:
             naming_steps: length of vision pretraining, when it is to be another.
             precision: of the arithmetic of a step, as :class:`OptimiserConfig` has it.
             scans_per_step, questions_per_scan: size of every stage's batches, when it is to be another.
+            schedule: the stages, when they are to be others.
+            learning_rate: of the decoder, when it is to be another; the other rates keep their ratio to it.
+            freeze_vision: the vision tower does not learn, so that there is no alignment unless ``schedule`` has one.
 
         Raises:
-            PhotonError: ``PRESET_UNKNOWN``, ``PRECISION_UNKNOWN``.
+            PhotonError: ``PRESET_UNKNOWN``, ``PRECISION_UNKNOWN``, ``TRAINING_INVALID``.
         """
         if name not in _PRESETS:
             known = ", ".join(_PRESETS)
@@ -64,11 +97,19 @@ class TrainSpec:
         if is_pretrained:
             spec = dataclasses.replace(spec, optimiser=_PRETRAINED_OPTIMISER)
             naming_steps = naming_steps or 0
+        optimiser = dataclasses.replace(spec.optimiser, precision=precision)
+        if learning_rate is not None:
+            optimiser = _with_rate(optimiser, learning_rate)
+        if schedule is None:
+            alignment = 0 if freeze_vision else spec.schedule.alignment
+            schedule = dataclasses.replace(spec.schedule, alignment=alignment)
         sizes = {"scans_per_step": scans_per_step, "questions_per_scan": questions_per_scan}
         changed: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
         return dataclasses.replace(
             spec,
-            optimiser=dataclasses.replace(spec.optimiser, precision=precision),
+            schedule=schedule,
+            freeze_vision=freeze_vision,
+            optimiser=optimiser,
             draw=dataclasses.replace(spec.draw, **changed),
             pruned_draw=dataclasses.replace(spec.pruned_draw, **changed),
             naming=spec.naming if naming_steps is None else dataclasses.replace(spec.naming, num_steps=naming_steps),
@@ -77,7 +118,31 @@ class TrainSpec:
 
     def digest(self) -> str:
         """Twelve hex digits that name these settings."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        # Runs from before these settings existed stay what they were.
+        later = {name: getattr(self, name) for name in _LATER}
+        content = {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in later or later[name] != _LATER[name]
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _with_rate(optimiser: OptimiserConfig, learning_rate: float) -> OptimiserConfig:
+    if not (math.isfinite(learning_rate) and learning_rate > 0):
+        fact = f"{learning_rate} is not a positive number."
+        raise PhotonError("TRAINING_INVALID", "learning rate", fact, "Give one, for example 0.001.")
+    ratio = learning_rate / optimiser.learning_rate
+    return dataclasses.replace(
+        optimiser,
+        learning_rate=learning_rate,
+        vision_learning_rate=optimiser.vision_learning_rate * ratio,
+        alignment_learning_rate=optimiser.alignment_learning_rate * ratio,
+    )
+
+
+_LATER: dict[str, Any] = {"pruning": {}, "model": {}, "freeze_vision": False, "switch": None, "accumulate": 1}
+"""Settings that count in :meth:`TrainSpec.digest` only where they are not as ever, with their defaults."""
 
 
 _OPTIMISER = OptimiserConfig(

@@ -24,15 +24,24 @@ class TrainingBatch:
         batch: contexts and branches.
         is_perturbed: bool [B] branches on a spoilt scan (robustness objective).
         is_flipped: bool [B] branches whose keep mask is inverted (flip objective).
+        names: ids of the scans, for messages.
     """
 
     batch: PackedBatch
     is_perturbed: Tensor
     is_flipped: Tensor
+    names: tuple[str, ...] = ()
+
+    @property
+    def num_branches(self) -> int:
+        """Questions of the batch."""
+        return len(self.batch.branch_lengths)
 
     def to(self, device: torch.device | str) -> TrainingBatch:
         """The batch with every tensor on ``device``."""
-        return TrainingBatch(self.batch.to(device), self.is_perturbed.to(device), self.is_flipped.to(device))
+        return TrainingBatch(
+            self.batch.to(device), self.is_perturbed.to(device), self.is_flipped.to(device), self.names
+        )
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,8 @@ class StepResult:
         kept_fraction: visual tokens kept (or their mean probability while soft) over all, 1 without pruning.
         tokens_per_branch: rows of a branch after pruning, its share of a shared context included.
         correct: fraction of undisturbed answer tokens whose likeliest token is right.
+        num_branches, num_answers, num_visual: branches, undisturbed answer tokens, and visual tokens of all branches,
+            of which the numbers above are means.
     """
 
     loss: Tensor
@@ -54,6 +65,40 @@ class StepResult:
     kept_fraction: float
     tokens_per_branch: float
     correct: float
+    num_branches: int
+    num_answers: int
+    num_visual: int
+
+    def sums(self) -> Tensor:
+        """The means times the numbers they are of, and these numbers: float64 [9] on the CPU, to be added up."""
+        of_branches, of_answers, of_visual = self.num_branches, self.num_answers, self.num_visual
+        means = [
+            (float(self.loss.detach()), of_branches),
+            (self.band_loss, of_branches),
+            (self.tokens_per_branch, of_branches),
+            (self.answer_loss, of_answers),
+            (self.correct, of_answers),
+            (self.kept_fraction, of_visual),
+        ]
+        totals = [mean * count for mean, count in means]
+        return torch.tensor([*totals, of_branches, of_answers, of_visual], dtype=torch.float64)
+
+    @classmethod
+    def of_sums(cls, sums: Tensor) -> StepResult:
+        """The result of several micro-batches from the total of their :meth:`sums`, without gradient."""
+        loss, band, tokens, answer, correct, kept, *counts = sums.tolist()
+        of_branches, of_answers, of_visual = (int(count) for count in counts)
+        return cls(
+            loss=torch.tensor(loss / of_branches),
+            answer_loss=answer / of_answers if of_answers else 0.0,
+            band_loss=band / of_branches,
+            kept_fraction=kept / of_visual if of_visual else 1.0,
+            tokens_per_branch=tokens / of_branches,
+            correct=correct / of_answers if of_answers else 0.0,
+            num_branches=of_branches,
+            num_answers=of_answers,
+            num_visual=of_visual,
+        )
 
 
 def compute_loss(model: Photon, item: TrainingBatch, stage: Stage) -> StepResult:
@@ -92,6 +137,9 @@ def compute_loss(model: Photon, item: TrainingBatch, stage: Stage) -> StepResult
         kept_fraction=_kept_fraction(output.schedule, mode),
         tokens_per_branch=_tokens_per_branch(batch, output.selection),
         correct=float(hits.mean()) if hits.numel() else 0.0,
+        num_branches=num_branches,
+        num_answers=hits.numel(),
+        num_visual=int(batch.layout.pair_lengths.sum()),
     )
 
 
