@@ -20,6 +20,7 @@ from pipelines.study.spec import StudySpec
 from pipelines.study.starts import write_with_threshold_bias
 from pipelines.study.variants import Variant
 from pipelines.tracking import Tracker
+from pipelines.train_history import read_history
 from pipelines.train_spec import TrainSpec
 
 ANSWERS = "answers.parquet"
@@ -100,7 +101,8 @@ class StudyParts:
             "model": self.spec.model,
             "naming": dataclasses.asdict(self.spec.naming),
             "naming_scans_per_step": self.spec.naming_scans_per_step,
-            "naming_max_shift": self.spec.naming_max_shift,
+            "pruning": self.spec.pruning,
+            "max_shift": self.spec.draw.max_shift,
         }
         return self._stage(name, VisionRecord, make, inputs, [folder], folder)
 
@@ -113,7 +115,7 @@ class StudyParts:
             trained = self._train(name, (0.0, 0.95), training, folder, start, tracker, train_blind=True)
             checkpoint = Path(trained["blind_checkpoint"])
             blind = self._answer(name, checkpoint, answers, "blind", seed, (), tracker, has_volume=False)
-            rows = work.read_history(Path(trained["history"]))
+            rows = read_history(Path(trained["history"]))
             validated = [row["validation_accuracy"] for row in rows if "validation_accuracy" in row]
             return WarmUpRecord(
                 seed=seed,

@@ -23,7 +23,7 @@ from pipelines.study.answer_table import STUDY_SCHEMA, TRAINED, read_study_answe
 from pipelines.study.records import RunRecord, WarmUpRecord
 from pipelines.study.region_table import REGIONS, read_regions
 from pipelines.study.spec import StudySpec
-from pipelines.study.work import read_history
+from pipelines.train_history import read_history
 
 RESULT = "study.json"
 

@@ -5,7 +5,6 @@ All take ``tracker`` and ``on_progress`` and return plain values.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from pipelines.study.starts import write_vision_start
 from pipelines.study.what_if import answer_split
 from pipelines.tracking import Tracker
 from pipelines.train import train
+from pipelines.train_history import read_history
 from pipelines.train_spec import TrainSpec
 
 Progress = Callable[[int, int, str], None]
@@ -141,17 +141,12 @@ def answer_questions(
     }
 
 
-def read_history(source: Path) -> list[dict[str, Any]]:
-    """Rows of a training's ``history.jsonl``, one a step."""
-    return [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-
-
 def speed(history: Sequence[dict[str, Any]], training: TrainSpec) -> dict[str, float]:
     """Median seconds of a step of the last stage, and questions a second at that pace."""
     last = history[-1]["stage"]
     seconds = statistics.median(float(row["elapsed_s"]) for row in history if row["stage"] == last)
     draw: Draw = training.pruned_draw if last in ("soft", "hard") else training.draw
-    questions = draw.scans_per_step * draw.questions_per_scan * training.accumulate
+    questions = draw.scans_per_step * draw.questions_per_scan
     return {"step_seconds": seconds, "questions_per_second": questions / seconds}
 
 
