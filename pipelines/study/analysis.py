@@ -37,7 +37,7 @@ def analyse(answers: Rows, runs: Sequence[RunRecord], *, rare_subtypes: Sequence
     """The numbers of a study as JSON values.
 
     Args:
-        answers: all tables of a study, :data:`pipelines.study.answer_table.STUDY_SCHEMA`, the variants "blind" and
+        answers: all tables of a study, :data:`pipelines.study.looking.JOINED_SCHEMA`, the variants "blind" and
             "majority" among them.
         runs: one a variant and seed.
         rare_subtypes: reported by themselves, and together as "rare findings".
@@ -196,14 +196,16 @@ def _instructions(looks: Sequence[ScanLooks]) -> dict[str, Any]:
 def _what_if(answers: Rows) -> dict[str, Any]:
     """Score and right option's probability in every condition, and how far they are from the trained condition's.
 
-    ``lesion present`` are the questions about a lesion that is there, where the tokens that matter are few.
+    ``about a lesion`` are the questions of the subtypes that ask about lesions, ``lesion present`` those of them whose
+    lesion is there, so that the tokens that matter are few; a model that says yes to everything is right there.
     """
     own = answers.filter(condition=TRAINED)
-    lesion = own.filter(pl.col("lesion_region").is_not_null())["question_id"].unique()
+    subtypes = own.filter(pl.col("lesion_region").is_not_null())["subtype"].unique().to_list()
     found: dict[str, Any] = {}
     for condition in answers["condition"].unique(maintain_order=True).to_list():
         rows = answers.filter(condition=condition)
-        groups = {"all": rows, "lesion present": rows.filter(pl.col("question_id").is_in(lesion.implode()))}
+        groups = {"all": rows, "about a lesion": rows.filter(pl.col("subtype").is_in(subtypes))}
+        groups["lesion present"] = rows.filter(pl.col("lesion_region").is_not_null())
         groups |= dict(_parts(rows, "family"))
         found[condition] = {
             name: {

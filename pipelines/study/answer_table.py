@@ -42,19 +42,13 @@ STUDY_SCHEMA: dict[str, Any] = {
     "num_tokens": pl.Int64,
     "num_kept": pl.Int64,
     "kept": pl.List(pl.Int32),
-    "organ_region": pl.List(pl.Int32),
-    "lesion_region": pl.List(pl.Int32),
-    "place": pl.List(pl.Int32),
     "seconds": pl.Float64,
     "encode_seconds": pl.Float64,
 }
 """`kept` lists the visual tokens that were used, as numbers in the scan's whole grid; it is null where tokens have no
-place in it (no scan, pooled tokens). `organ_region` and `lesion_region` list the tokens that hold the organ asked about
-and the lesion asked about, null where the label map shows no such thing; `place` lists the values of the label map that
-the question is about, so that questions without a common one are about different places, null where they are not known.
-The three are filled in the condition "trained" alone. `gold_probability` is the right option's share among the options,
-null for questions without options. `seconds` is the question's share of the time of all questions about its scan, the
-encoding of the scan left out; `encode_seconds` is that encoding's time, spent once a scan."""
+place in it (no scan, pooled tokens). `gold_probability` is the right option's share among the options, null for
+questions without options. `seconds` is the question's share of the time of all questions about its scan, the encoding
+of the scan left out; `encode_seconds` is that encoding's time, spent once a scan."""
 
 
 def write_study_answers(rows: Sequence[dict[str, object]], target: Path) -> pl.DataFrame:

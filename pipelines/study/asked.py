@@ -13,7 +13,7 @@ from pipelines.anatomy import LABELS
 from pipelines.files import read_json
 from pipelines.measurements import REGIONS
 from pipelines.questions import Question
-from pipelines.regions import BoolArray, organ_tokens
+from pipelines.regions import TOKEN_BOX, BoolArray, token_grid
 from pipelines.resample import VolumeSpec
 from pipelines.volumes import resample_labels
 
@@ -71,32 +71,36 @@ def read_asked_regions(
         return {}
     names = data / "raw" / "labels.json"
     values = read_json(names, "LABELS_INVALID", "Write it again, or take it away.") if names.exists() else LABELS
-    label_map = resample_labels(source, spec, affine)
-    return {question.question_id: _region(question, label_map, values) for question in questions}
+    held = tokens_by_label(resample_labels(source, spec, affine))
+    return {question.question_id: _region(question, held, values) for question in questions}
 
 
-def other_place(regions: Mapping[str, AskedRegion], question: Question, other: Question) -> bool:
-    """Whether another question about the same scan is about another place.
+def tokens_by_label(label_map: np.ndarray) -> BoolArray:
+    """Which visual tokens hold at least one voxel of each label value: bool [256, N].
 
-    Without a label map, or for organs that it does not know, a different organ's name is taken for another place.
+    Args:
+        label_map: uint8 [Z, Y, X], a whole number of token boxes along each axis.
     """
-    mine, theirs = (regions.get(each.question_id) for each in (question, other))
-    if mine is None or theirs is None or not mine.labels.any() or not theirs.labels.any():
-        return question.organ != other.organ
-    return not bool((mine.labels & theirs.labels).any())
+    gz, gy, gx = token_grid(label_map.shape)
+    dz, dy, dx = TOKEN_BOX
+    boxes = label_map.reshape(gz, dz, gy, dy, gx, dx).transpose(0, 2, 4, 1, 3, 5).reshape(gz * gy * gx, -1)
+    pairs = boxes.astype(np.int64) * len(boxes) + np.arange(len(boxes))[:, None]
+    held: BoolArray = np.bincount(pairs.ravel(), minlength=256 * len(boxes)).reshape(256, -1) > 0
+    return held
 
 
-def _region(question: Question, label_map: np.ndarray, values: Mapping[str, int]) -> AskedRegion:
+def _region(question: Question, held: BoolArray, values: Mapping[str, int]) -> AskedRegion:
     organ = [values[name] for name in REGIONS.get(question.organ, (question.organ,)) if name in values]
     lesion = [values[name] for name in lesion_labels(question, values)]
     labels = np.zeros(256, dtype=bool)
     labels[organ] = True
-    return AskedRegion(organ=_tokens(label_map, organ), lesion=_tokens(label_map, lesion), labels=labels)
+    return AskedRegion(organ=_any(held[organ]), lesion=_any(held[lesion]), labels=labels)
 
 
-def _tokens(label_map: np.ndarray, labels: Sequence[int]) -> BoolArray | None:
-    mask = np.isin(label_map, labels)
-    return organ_tokens(mask) if mask.any() else None
+def _any(held: BoolArray) -> BoolArray | None:
+    """Tokens [N] that hold any of the labels [L, N]; None when none does."""
+    tokens = np.logical_or.reduce(held, axis=0)
+    return tokens if tokens.any() else None
 
 
 def _is_lesion(name: str) -> bool:

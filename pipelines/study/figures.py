@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -40,12 +40,15 @@ def accuracy_over_tokens(
     accuracy: Mapping[str, Mapping[str, Any]],
     shares: Mapping[str, Mapping[str, Any]],
     lines: Mapping[str, float],
+    *,
+    fixed: Collection[str] = (),
 ) -> bytes:
     """Score over the share of visual tokens, a point with both intervals for every policy.
 
     Args:
         accuracy, shares: by policy, scores with intervals.
-        lines: scores to be drawn as lines, by what is written at them.
+        lines: scores to be drawn as lines, by their names.
+        fixed: policies whose share is no finding, so that it has no interval.
     """
     colours = colours_of(list(accuracy))
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "tokens"}):
@@ -56,7 +59,7 @@ def accuracy_over_tokens(
             axes.errorbar(
                 share["value"],
                 score["value"],
-                xerr=_arms(share),
+                xerr=None if name in fixed else _arms(share),
                 yerr=_arms(score),
                 fmt="o",
                 markersize=7,
@@ -64,10 +67,10 @@ def accuracy_over_tokens(
                 color=colours[name],
                 label=name,
             )
-        for name, value in lines.items():
-            axes.axhline(value, color=INK, alpha=0.4, linewidth=1, linestyle=(0, (4, 3)))
-            axes.text(0.005, value, f"{name}", va="bottom", fontsize=8.5, alpha=0.8)
+        for dash, (name, value) in zip(((1, 1.5), (4, 2), (8, 3)), lines.items(), strict=False):
+            axes.axhline(value, color=INK, alpha=0.5, linewidth=1.1, linestyle=(0, dash), label=name)
         percent_axis(axes)
+        axes.set_xlim(0, 1.02)
         axes.spines["left"].set_visible(True)
         axes.grid(axis="y", alpha=0.15, color=INK, linewidth=0.6)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -11,7 +11,11 @@ import polars as pl
 from numpy.typing import NDArray
 
 from pipelines.statistics import Score, mean_interval
-from pipelines.study.answer_table import TRAINED
+from pipelines.study.answer_table import STUDY_SCHEMA, TRAINED
+from pipelines.study.region_table import REGION_SCHEMA, elsewhere
+
+JOINED_SCHEMA = {**STUDY_SCHEMA, **REGION_SCHEMA}
+"""Answers with the regions of their questions."""
 
 NUM_PERMUTATIONS = 1999
 Bool = NDArray[np.bool_]
@@ -40,7 +44,7 @@ class ScanLooks:
 
 
 def scan_looks(answers: pl.DataFrame) -> Iterator[ScanLooks]:
-    """Every scan and seed of one variant's answers, as far as its tokens have places."""
+    """Every scan and seed of one variant's answers, :data:`JOINED_SCHEMA`, as far as its tokens have places."""
     placed = answers.filter(pl.col("kept").is_not_null() & (pl.col("num_tokens") > 0)).sort("question_id")
     for _, rows in placed.filter(condition=TRAINED).group_by("seed", "scan_id", maintain_order=True):
         seed, scan_id, num_tokens = rows["seed"][0], rows["scan_id"][0], rows["num_tokens"][0]
@@ -48,14 +52,13 @@ def scan_looks(answers: pl.DataFrame) -> Iterator[ScanLooks]:
         said = dict(zip(others["question_id"], others["kept"], strict=True))
         again = [said.get(question_id) for question_id in rows["question_id"]]
         regions = rows.select(pl.coalesce("lesion_region", "organ_region")).to_series()
-        places = [set(place) if place is not None else None for place in rows["place"]]
         yield ScanLooks(
             rows=rows,
             kept=_masks(rows["kept"], num_tokens),
             paraphrased=_masks(again, num_tokens),
             has_paraphrase=np.array([each is not None for each in again]),
             region=_masks(regions, num_tokens),
-            is_elsewhere=_elsewhere(places, rows["organ"].to_list()),
+            is_elsewhere=elsewhere(rows["organ"].to_list(), rows["place"].to_list()),
         )
 
 
@@ -207,16 +210,3 @@ def _masks(lists: Any, num_tokens: int) -> Bool:
         if tokens is not None:
             masks[row, np.asarray(tokens, dtype=np.int64)] = True
     return masks
-
-
-def _elsewhere(places: Sequence[set[int] | None], organs: Sequence[str]) -> Bool:
-    """As :func:`pipelines.study.asked.other_place`, from the table."""
-
-    def differ(first: int, second: int) -> bool:
-        mine, theirs = places[first], places[second]
-        if not mine or not theirs:
-            return organs[first] != organs[second]
-        return not mine & theirs
-
-    count = len(places)
-    return np.array([[differ(first, second) for second in range(count)] for first in range(count)], dtype=bool)

@@ -13,12 +13,14 @@ from pipelines.results import Record
 from pipelines.stages import Job, content_digest
 from pipelines.study import work
 from pipelines.study.processes import Launch
-from pipelines.study.records import RunRecord, VisionRecord, WarmUpRecord
+from pipelines.study.records import RegionsRecord, RunRecord, VisionRecord, WarmUpRecord
+from pipelines.study.region_table import REGIONS
 from pipelines.study.schedule import WHOLE, Part, SharedProgress, Span
 from pipelines.study.spec import StudySpec
 from pipelines.study.starts import write_with_threshold_bias
 from pipelines.study.variants import Variant
 from pipelines.tracking import Tracker
+from pipelines.train_history import read_history
 from pipelines.train_spec import TrainSpec
 
 ANSWERS = "answers.parquet"
@@ -43,14 +45,15 @@ class StudyParts:
 
     def parts(self) -> list[Part]:
         """All of them, each after those that it needs."""
-        steps, parts = self.spec.lengths, []
+        steps = self.spec.lengths
+        parts = [Part("regions", (), 5, self.regions)]
         for seed in self.spec.seeds:
             vision, warm_up = f"vision-seed-{seed}", f"warm-up-seed-{seed}"
             parts += [
                 Part(vision, (), steps.naming, functools.partial(self.vision, vision, seed)),
                 Part(
                     warm_up,
-                    (vision,),
+                    ("regions", vision),
                     steps.warm_up + steps.blind,
                     functools.partial(self.warm_up, warm_up, vision, seed),
                 ),
@@ -59,8 +62,24 @@ class StudyParts:
                 name = f"{variant.name}-seed-{seed}"
                 own = steps.warm_up if variant.has_own_warm_up else 0
                 run = functools.partial(self.variant, name, vision, warm_up, variant, seed)
-                parts.append(Part(name, (vision, warm_up), own + steps.soft + steps.hard, run))
+                parts.append(Part(name, ("regions", vision, warm_up), own + steps.soft + steps.hard, run))
         return parts
+
+    def regions(self, _known: Mapping[str, Record]) -> RegionsRecord:
+        """What the questions ask about."""
+        target = self.output / REGIONS
+
+        def make(tracker: Tracker) -> RegionsRecord:
+            arguments = {
+                "data": self.data,
+                "target": target,
+                "split": self.spec.split,
+                "max_scans": self.spec.max_scans,
+            }
+            found = self._compute("regions", WHOLE, work.find_regions, arguments, tracker)
+            return RegionsRecord(table=str(target), **found)
+
+        return self._stage("regions", RegionsRecord, make, self._asked(()), [target], target)
 
     def vision(self, name: str, seed: int, _known: Mapping[str, Record]) -> VisionRecord:
         """The vision start."""
@@ -82,7 +101,8 @@ class StudyParts:
             "model": self.spec.model,
             "naming": dataclasses.asdict(self.spec.naming),
             "naming_scans_per_step": self.spec.naming_scans_per_step,
-            "naming_max_shift": self.spec.naming_max_shift,
+            "pruning": self.spec.pruning,
+            "max_shift": self.spec.draw.max_shift,
         }
         return self._stage(name, VisionRecord, make, inputs, [folder], folder)
 
@@ -95,7 +115,7 @@ class StudyParts:
             trained = self._train(name, (0.0, 0.95), training, folder, start, tracker, train_blind=True)
             checkpoint = Path(trained["blind_checkpoint"])
             blind = self._answer(name, checkpoint, answers, "blind", seed, (), tracker, has_volume=False)
-            rows = work.read_history(Path(trained["history"]))
+            rows = read_history(Path(trained["history"]))
             validated = [row["validation_accuracy"] for row in rows if "validation_accuracy" in row]
             return WarmUpRecord(
                 seed=seed,
@@ -212,6 +232,7 @@ class StudyParts:
             "checkpoint": checkpoint,
             "data": self.data,
             "target": target,
+            "regions": self.output / REGIONS,
             "variant": variant,
             "seed": seed,
             "conditions": conditions,

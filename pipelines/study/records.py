@@ -8,6 +8,16 @@ from pipelines.results import Record
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RegionsRecord(Record):
+    """What the questions that are answered in the end ask about."""
+
+    table: str
+    num_questions: int
+    num_with_organ: int
+    num_with_lesion: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionRecord(Record):
     """A model whose vision tower was pretrained, everything else as the seed made it."""
 

@@ -21,8 +21,9 @@ from pipelines.study import sections
 from pipelines.study.analysis import BASELINES, analyse
 from pipelines.study.answer_table import STUDY_SCHEMA, TRAINED, read_study_answers
 from pipelines.study.records import RunRecord, WarmUpRecord
+from pipelines.study.region_table import REGIONS, read_regions
 from pipelines.study.spec import StudySpec
-from pipelines.study.work import read_history
+from pipelines.train_history import read_history
 
 RESULT = "study.json"
 
@@ -41,6 +42,7 @@ def write_study(spec: StudySpec, data: Path, output: Path, records: Mapping[str,
     answers = read_study_answers(*map(Path, tables))
     asked = set(answers["question_id"].unique().to_list())
     answers = pl.concat([answers, majority_answers(data, asked, seed=spec.seeds[0])])
+    answers = answers.join(read_regions(output / REGIONS), on="question_id", how="left")
     content: dict[str, Any] = {
         "study": spec.name,
         "data_version": data_version,

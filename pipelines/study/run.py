@@ -2,6 +2,7 @@
 
 The output folder::
 
+    regions.parquet           which visual tokens the questions ask about
     seed-0/vision/            checkpoint of the vision start
     seed-0/warm-up/           checkpoint/, blind/, history.jsonl, blind.parquet
     seed-0/<variant>/         train/ (and warm-up/, start/ where it has its own), answers.parquet

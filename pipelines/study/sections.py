@@ -9,9 +9,10 @@ import polars as pl
 
 from pipelines.figures import kept_histograms
 from pipelines.page import Markup, definitions, drawing, join, row, table, tag
-from pipelines.report_evaluation import difference_text, interval_text, minus, percent, score_cell
+from pipelines.report_evaluation import difference_text, interval_text, percent, score_cell
 from pipelines.study.analysis import BASELINES
 from pipelines.study.answer_table import TRAINED
+from pipelines.study.cells import card, distance, p_value, points, seed_values
 from pipelines.study.figures import History, accuracy_over_tokens, shares_by_row, variant_curves
 
 WHAT_IT_IS = {
@@ -53,9 +54,9 @@ def headline(content: Content) -> Markup:
         for name in ("all", "blind")
         if f"{main} - {name}" in content["differences"]
     ]
-    cards = [_card(f"{main}: right answers", accuracy, "card main"), _card(f"{main}: tokens kept", tokens["share"])]
+    cards = [card(f"{main}: right answers", accuracy, "card main"), card(f"{main}: tokens kept", tokens["share"])]
     cards += [
-        _card(f"{name}: right answers", content["accuracy"][name]["all"])
+        card(f"{name}: right answers", content["accuracy"][name]["all"])
         for name in ("all", "blind")
         if name in content["accuracy"]
     ]
@@ -65,6 +66,17 @@ def headline(content: Content) -> Markup:
             f"Of the region asked about it keeps {percent(region['asked_share']['value'], 0)}, of all tokens "
             f"{percent(region['overall_share']['value'], 0)}: {kept['value']:.2f} times as much "
             f"({kept['low']:.2f} to {kept['high']:.2f})."
+        )
+    if looked := content["instructions"].get(main, {}).get("wording"):
+        words.append(
+            f"The tokens kept for one question in two wordings are {looked['same_question']['value']:.2f} apart "
+            f"(Jaccard distance), those kept for two questions about one scan {looked['other_question']['value']:.2f} "
+            f"(p {p_value(looked)}, paraphrases exchanged among the questions of a scan)."
+        )
+    if removed := content["what_if"][main].get("removed"):
+        words.append(
+            f"Answering from all tokens but those that it keeps, the same weights score "
+            f"{percent(removed['all']['score']['value'])}; a change of {difference_text(removed['all']['change'])}."
         )
     how = (
         "Intervals are 95 % bootstrap intervals that resample patients, of the mean over seeds; how far the seeds are "
@@ -85,7 +97,7 @@ def policies(content: Content) -> Markup:
                 name,
                 WHAT_IT_IS.get(name, ""),
                 score_cell(scores["all"]),
-                _seeds(scores["all"]),
+                seed_values(scores["all"]),
                 *(score_cell(scores["family"][family]) for family in families),
                 f"{tokens['mean']:.0f} ± {tokens['sd']:.0f}" if tokens else "–",
                 num_text=2,
@@ -93,15 +105,20 @@ def policies(content: Content) -> Markup:
         )
     accuracy = {name: content["accuracy"][name]["all"] for name in content["variants"]}
     shares = {name: content["tokens"][name]["share"] for name in content["variants"]}
+    fixed = [name for name in content["variants"] if content["tokens"][name]["min"] == content["tokens"][name]["max"]]
     lines = {"guessing": content["questions"]["chance"]}
     lines |= {name: content["accuracy"][name]["all"]["value"] for name in BASELINES if name in content["accuracy"]}
     chart = drawing(
-        accuracy_over_tokens(accuracy, shares, lines),
+        accuracy_over_tokens(accuracy, shares, lines, fixed=fixed),
         "Right answers over the share of visual tokens, by policy",
         "Right answers over the share of visual tokens that they were given from, with 95 % intervals.",
     )
     differences = [
-        row(minus(name), difference_text(gaps["all"]), *(_points(gaps["family"].get(family)) for family in families))
+        row(
+            name.replace(" - ", " − "),
+            difference_text(gaps["all"]),
+            *(points(gaps["family"].get(family)) for family in families),
+        )
         for name, gaps in content["differences"].items()
     ]
     return join(
@@ -127,8 +144,8 @@ def looking(content: Content) -> Markup:
                     score_cell(region["overall_share"]),
                     score_cell(region["unasked_share"]),
                     join(f"{ratio['value']:.2f}", tag("small", f"{ratio['low']:.2f}–{ratio['high']:.2f}")),
-                    _points(region["above_overall"]),
-                    _points(region["above_unasked"]),
+                    points(region["above_overall"]),
+                    points(region["above_unasked"]),
                 )
             )
     if not rows:
@@ -154,16 +171,20 @@ def what_if(content: Content) -> Markup:
     found = content["what_if"][content["main"]]
     rows = []
     for condition, name in CONDITIONS.items():
-        for group in ("all", "lesion present"):
+        for group, words in (
+            ("all", name),
+            ("about a lesion", "… questions about a lesion"),
+            ("lesion present", "… that is there"),
+        ):
             if entry := found.get(condition, {}).get(group):
                 rows.append(
                     row(
-                        name if group == "all" else "… where the lesion asked about is there",
+                        words,
                         f"{entry['num_kept']:.0f}",
                         score_cell(entry["score"]),
-                        "" if entry["change"] is None else _points(entry["change"]),
+                        "" if entry["change"] is None else points(entry["change"]),
                         score_cell(entry["gold_probability"]),
-                        "" if entry["probability_change"] is None else _points(entry["probability_change"]),
+                        "" if entry["probability_change"] is None else points(entry["probability_change"]),
                         class_="" if group == "all" else "indent",
                     )
                 )
@@ -173,7 +194,7 @@ def what_if(content: Content) -> Markup:
         "kept, the question's words have seen the whole scan in the layers before pruning: what is right without any "
         "token came through them."
     )
-    headings = ["Answered from", "Tokens", "Right, %", "Change", "Right option's probability, %", "Change "]
+    headings = ["Answered from", "Tokens", "Right, %", "Change", "Right option's probability, %", "Change"]
     return join(tag("p", words), table(headings, rows))
 
 
@@ -190,11 +211,10 @@ def findings(content: Content) -> Markup:
         cells = []
         for variant in shown:
             entry = by_key.get((variant, name))
-            cells += [score_cell(entry[key]) if entry else "–" for key in ("sensitivity", "specificity")]
-            cells.append(score_cell(entry["balanced_accuracy"]) if entry and _has_both(entry) else "–")
+            cells += [score_cell(entry[key]) if entry else "–" for key in _keys(variant)]
         rows.append(row(name, f"{first['num_present']} / {first['num_absent']}", *cells))
     headings = ["Question", "Present / absent"]
-    headings += [f"{variant}: {key}" for variant in shown for key in ("sensitivity", "specificity", "balanced")]
+    headings += [f"{variant}: {key.split('_')[0]}" for variant in shown for key in _keys(variant)]
     parts = [tag("p", "In percent, with 95 % intervals.", class_="soft"), table(headings, rows)]
     rare = content["rare"].get(content["main"], {})
     if "difference" in rare:
@@ -271,13 +291,13 @@ def _tests(content: Content) -> Markup:
         rows.append(
             row(
                 name,
-                *(_distance(wording, key) for key in ("same_question", "other_question")),
-                _p_value(wording),
-                *(_distance(place, key) for key in ("same_organ", "other_organ")),
-                _p_value(place),
+                *(distance(wording, key) for key in ("same_question", "other_question")),
+                p_value(wording),
+                *(distance(place, key) for key in ("same_organ", "other_organ")),
+                p_value(place),
             )
         )
-    headings = ["Policy", "Same question, other words", "Other question", "p", "Same organ", "Other organ", "p "]
+    headings = ["Policy", "Same question, other words", "Other question", "p", "Same organ", "Other organ", "p"]
     words = (
         "Do two questions about one scan keep different tokens? Mean Jaccard distance of the kept sets (0 same, 1 "
         "disjoint). The first p: paraphrases exchanged among the questions of a scan; the second: organs exchanged "
@@ -286,45 +306,11 @@ def _tests(content: Content) -> Markup:
     return join(tag("h3", "Different questions, different tokens"), tag("p", words), table(headings, rows))
 
 
-def _distance(test: Mapping[str, Any] | None, key: str) -> Markup:
-    if test is None:
-        return tag("span", "–", class_="soft")
-    score = test[key]
-    return join(f"{score['value']:.2f}", tag("small", f"{score['low']:.2f}–{score['high']:.2f}"))
-
-
-def _p_value(test: Mapping[str, Any] | None) -> str:
-    if test is None:
-        return "–"
-    least = 1 / (1 + test["num_permutations"])
-    return f"≤ {least:.4f}" if test["p_value"] <= least else f"{test['p_value']:.3f}"
-
-
-def _has_both(entry: Mapping[str, Any]) -> bool:
-    return bool(entry["num_present"] and entry["num_absent"])
+def _keys(variant: str) -> tuple[str, ...]:
+    """What is told of a variant's findings; of a baseline whether it knows anything at all."""
+    balanced = ("balanced_accuracy",)
+    return balanced if variant in BASELINES else ("sensitivity", "specificity", *balanced)
 
 
 def _region(content: Content, variant: str) -> Mapping[str, Any] | None:
     return next((entry for entry in content["regions"].get(variant, []) if entry["group"] == "all"), None)
-
-
-def _card(name: str, score: Mapping[str, Any], class_: str = "card") -> Markup:
-    return tag(
-        "div",
-        tag("span", name, class_="name"),
-        tag("b", percent(score["value"])),
-        tag("span", interval_text(score), class_="more"),
-        class_=class_,
-    )
-
-
-def _seeds(score: Mapping[str, Any]) -> str:
-    return ", ".join(f"{100 * value:.1f}" for value in score["by_seed"])
-
-
-def _points(score: Mapping[str, Any] | None) -> Markup:
-    """A difference in percentage points with its interval in small print."""
-    if score is None or not score["num_questions"]:
-        return tag("span", "–", class_="soft")
-    value, low, high = (100 * score[name] for name in ("value", "low", "high"))
-    return join(minus(f"{value:+.1f}"), tag("small", minus(f"{low:+.0f} to {high:+.0f}")))

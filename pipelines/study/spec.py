@@ -9,11 +9,11 @@ from typing import Any, Self
 from photon.errors import PhotonError
 from photon.training.loop import OptimiserConfig, Precision
 from photon.training.pretrain import NamingConfig
-from photon.training.stages import StageSchedule
+from photon.training.stages import StageSchedule, WarmUpSwitch
 from pipelines.dataset import Draw
 from pipelines.phantom_vqa.cohort import RARE_FINDINGS
 from pipelines.study.variants import Variant, ablations, policies
-from pipelines.train_spec import TrainSpec, WarmUpSwitch
+from pipelines.train_spec import TrainSpec
 
 PRESETS = ("small", "medium", "full", "real", "ablations", "smoke")
 
@@ -62,15 +62,14 @@ _DEEPER: dict[str, Any] = {"num_hidden_layers": 8, "pruning": {"layer": 2}}
 _OPTIMISER = OptimiserConfig(
     learning_rate=6e-3, vision_learning_rate=5e-4, alignment_learning_rate=1e-4, weight_decay=0.01
 )
-_DRAW = Draw(scans_per_step=8, questions_per_scan=24, max_shift=(0, 0, 0), robust_probability=0.0, flip_probability=0.0)
+_DRAW = Draw(scans_per_step=8, questions_per_scan=24, max_shift=(6, 6, 6), robust_probability=0.0, flip_probability=0.0)
 _PRUNED_DRAW = dataclasses.replace(_DRAW, questions_per_scan=8, robust_probability=0.15, flip_probability=0.05)
 _TINY_DRAW = dataclasses.replace(_DRAW, scans_per_step=2, questions_per_scan=4)
 _LARGER: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 352,
     "num_hidden_layers": 8,
-    "mrope_section": (4, 6, 6),
-    "vision": {"depth": 6, "hidden_size": 128, "intermediate_size": 256, "out_hidden_size": 128, "window_size": 112},
+    "vision": {"depth": 6, "hidden_size": 128, "intermediate_size": 256, "window_size": 112},
 }
 """The tiny model twice as wide."""
 
@@ -86,7 +85,9 @@ class StudySpec:
     variants: tuple[Variant, ...]
     lengths: Lengths
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Fields of the tiny configuration that differ; those of ``vision`` and ``pruning`` in mappings of their own."""
+    """Fields of the tiny configuration that differ, see :func:`pipelines.start.start_from_scratch`."""
+    pruning: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of its pruning configuration that differ in every variant."""
     optimiser: OptimiserConfig = _OPTIMISER
     """Of the warm-up and the text-only model."""
     pruned_optimiser: OptimiserConfig = dataclasses.replace(_OPTIMISER, learning_rate=1.5e-3)
@@ -95,14 +96,12 @@ class StudySpec:
     """Batches of the warm-up and the text-only model."""
     pruned_draw: Draw = _PRUNED_DRAW
     """Batches of the variants."""
-    naming_max_shift: tuple[int, int, int] = (6, 6, 6)
-    """Voxels along z, y, x by which volumes move while the vision tower learns; once it is frozen they rest."""
     naming_learning_rate: float = 6e-3
     naming_scans_per_step: int = 8
     margin: float | None = 0.1
     """Validation accuracy above the blind model's that ends the warm-up."""
     accumulate: int = 1
-    """Batches of a step whose gradients are added."""
+    """Micro-batches that a step's scans are dealt to."""
     save_every: int = 50
     split: str = "test"
     """Whose questions are answered in the end."""
@@ -177,13 +176,23 @@ class StudySpec:
         )
 
     def own_warm_up(self, variant: Variant, seed: int, num_steps: int) -> TrainSpec:
-        """The warm-up of a variant that cannot share one: the same data, steps and seed under its own configuration."""
+        """The warm-up of a variant that cannot share one: its own configuration, and all else as the shared one had it.
+
+        Args:
+            num_steps: how many steps the shared warm-up took. The learning rate follows the plan of the whole
+                length, as it did there.
+        """
         alignment = 0 if variant.freeze_vision else variant.lengths.get("alignment", self.lengths.alignment)
-        alignment = min(alignment, num_steps)
+        alignment, planned = min(alignment, num_steps - 1), self.lengths.warm_up
+        every = self.lengths.validate_every
+        # The shared warm-up ended with a validation: counting validations that beat anything ends this one there too.
+        count = num_steps // every - alignment // every
+        stops = num_steps < planned
         return self._training(
             seed,
-            schedule=StageSchedule(alignment=alignment, warm_up=num_steps - alignment, soft=0, hard=0, flip_after=0),
+            schedule=StageSchedule(alignment=alignment, warm_up=planned - alignment, soft=0, hard=0, flip_after=0),
             optimiser=self.optimiser,
+            switch=WarmUpSwitch(margin=-1.0, patience=count, baseline=0.0) if stops else None,
             pruning=variant.pruning,
             freeze_vision=variant.freeze_vision,
         )

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from photon.checkpoint import read_model, replace_folder, write_model
-from photon.config import PhotonConfig, tiny
 from photon.device import choose_device
 from photon.model.network import LAST_THRESHOLD_BIAS, Photon
 from photon.training.pretrain import pretrain_vision
 from pipelines.dataset import NamingSource, read_split
+from pipelines.start import start_from_scratch
 from pipelines.study.spec import StudySpec
-from pipelines.text import TOKENIZER, Prompter, build_tokenizer
+from pipelines.text import TOKENIZER, Prompter
 
 OnStep = Callable[[int, float], None]
 
@@ -38,24 +37,20 @@ def write_vision_start(
         PhotonError: ``SPLIT_EMPTY``, ``CONFIG_INVALID``, and what reading the data raises.
     """
     scans = read_split(data, "train")
-    prompter = Prompter(
-        build_tokenizer(text for scan in scans for q in scan.questions for text in (q.question, q.answer))
-    )
-    config = sized(tiny(prompter.vocab_size, special_ids=prompter.special_ids), spec.model)
-    with torch.device(choose_device(device)):
-        model = Photon(config)
-    model.initialise(seed)
+    texts = [text for scan in scans for question in scan.questions for text in (question.question, question.answer)]
+    start = start_from_scratch(texts, spec.model).with_pruning(spec.pruning)
+    model, _ = start.build_model(seed, choose_device(device))
     labels = data / "raw" / "labels"
     if spec.lengths.naming and labels.is_dir():
-        source = NamingSource(scans, labels, config, scans_per_step=spec.naming_scans_per_step, seed=seed)
+        source = NamingSource(scans, labels, start.config, scans_per_step=spec.naming_scans_per_step, seed=seed)
         pretrain_vision(
             model.visual,
-            lambda step: source.batch(step, spec.naming_max_shift),
+            lambda step: source.batch(step, spec.draw.max_shift),
             spec.naming,
             frequencies=source.frequencies(),
             on_step=on_step or (lambda _step, _loss: None),
         )
-    _write(model, prompter, folder)
+    _write(model, start.prompter, folder)
     return folder
 
 
@@ -74,16 +69,6 @@ def write_with_threshold_bias(start: Path, folder: Path, bias: float) -> Path:
                 parameter.fill_(bias)
     _write(model, Prompter.read(start / TOKENIZER), folder)
     return folder
-
-
-def sized(config: PhotonConfig, changes: Mapping[str, Any]) -> PhotonConfig:
-    """A configuration with other sizes; those of its ``vision`` and ``pruning`` in mappings of their own."""
-    nested = {
-        name: dataclasses.replace(getattr(config, name), **changes[name])
-        for name in ("vision", "pruning")
-        if name in changes
-    }
-    return dataclasses.replace(config, **{**changes, **nested})
 
 
 def _write(model: Photon, prompter: Prompter, folder: Path) -> None:

@@ -10,19 +10,19 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
 
-from photon.errors import PhotonError
 from photon.generate import EncodedScan
 from photon.grid import num_visual_tokens
-from pipelines.manifest import MANIFEST_NAME, read_manifest
 from pipelines.metrics import score_answer
 from pipelines.questions import Question, read_questions
+from pipelines.regions import BoolArray
 from pipelines.study.answer_table import TRAINED, write_study_answers
 from pipelines.study.answering import Said, StudyAnswerer
-from pipelines.study.asked import AskedRegion, other_place, read_asked_regions
+from pipelines.study.region_table import asked_scans, elsewhere, read_regions
 from pipelines.volumes import read_volume
 
 Progress = Callable[[int, int, str], None]
@@ -33,6 +33,7 @@ def answer_split(
     data: Path,
     target: Path,
     *,
+    regions: Path,
     variant: str,
     seed: int,
     conditions: Collection[str],
@@ -46,8 +47,10 @@ def answer_split(
 
     Args:
         checkpoint: trained model with its tokenizer.
-        data: folder with ``questions.jsonl``, ``volumes/`` and, for the regions, ``raw/labels/``.
+        data: folder with ``questions.jsonl`` and ``volumes/``.
         target: Parquet file.
+        regions: table of :func:`pipelines.study.region_table.write_regions`, from which questions about other places
+            are known.
         variant, seed: what the rows are called.
         conditions: which conditions beside "trained".
         has_volume: False for a model of the text alone.
@@ -57,24 +60,22 @@ def answer_split(
         PhotonError: ``SPLIT_EMPTY``, and what reading the data or the checkpoint raises.
     """
     answerer = StudyAnswerer(checkpoint, device=device)
-    questions = read_questions(data / "questions.jsonl")
-    wordings = other_wordings(questions)
-    scans = _scans(data, questions, split)[:max_scans]
+    wordings = other_wordings(read_questions(data / "questions.jsonl"))
+    table = read_regions(regions)
+    places = dict(zip(table["question_id"].to_list(), table["place"].to_list(), strict=True))
+    scans = asked_scans(data, split, max_scans)
     rows: list[dict[str, object]] = []
     for done, (scan_id, path, asked) in enumerate(scans, start=1):
-        volume = read_volume(path)
-        regions = read_asked_regions(data, scan_id, volume.spec, volume.affine, asked)
-        scan, encode_seconds = answerer.encode(volume if has_volume else None)
+        scan, encode_seconds = answerer.encode(read_volume(path) if has_volume else None)
         own = answerer.ask(scan, asked)
-        answered = {TRAINED: dict(zip(range(len(asked)), own, strict=True))}
+        answered = {TRAINED: dict(enumerate(own))}
         if has_volume:
-            answered |= _counterfactuals(answerer, scan, asked, own, regions, wordings, conditions)
+            is_elsewhere = elsewhere([q.organ for q in asked], [places.get(q.question_id) for q in asked])
+            answered |= _counterfactuals(answerer, scan, asked, own, is_elsewhere, wordings, conditions)
         names: dict[str, object] = {"variant": variant, "seed": seed, "encode_seconds": encode_seconds}
         for condition, given in answered.items():
             for place, said in given.items():
-                region = regions.get(asked[place].question_id) if condition == TRAINED else None
-                places = _grid_tokens(answerer, scan, said)
-                rows.append(names | {"condition": condition} | _row(asked[place], said, scan, answerer, places, region))
+                rows.append(names | {"condition": condition} | _row(asked[place], said, scan, answerer))
         if on_progress:
             on_progress(done, len(scans), scan_id)
     return write_study_answers(rows, target)
@@ -97,12 +98,16 @@ def other_wordings(questions: Sequence[Question]) -> dict[str, str]:
     return found
 
 
-def donors(questions: Sequence[Question], regions: Mapping[str, AskedRegion]) -> list[int | None]:
-    """For each question about a scan the place of a question about another place in it, by a checksum; None if none."""
+def donors(question_ids: Sequence[str], is_elsewhere: BoolArray) -> list[int | None]:
+    """For each question about a scan the place of a question about another place in it, by a checksum; None if none.
+
+    Args:
+        is_elsewhere: bool [Q, Q] as :func:`pipelines.study.region_table.elsewhere` gives it.
+    """
     chosen: list[int | None] = []
-    for question in questions:
-        others = [place for place, other in enumerate(questions) if other_place(regions, question, other)]
-        chosen.append(others[_checksum(question.question_id) % len(others)] if others else None)
+    for question_id, others in zip(question_ids, is_elsewhere, strict=True):
+        places = np.flatnonzero(others)
+        chosen.append(int(places[_checksum(question_id) % len(places)]) if len(places) else None)
     return chosen
 
 
@@ -111,7 +116,7 @@ def _counterfactuals(
     scan: EncodedScan,
     asked: Sequence[Question],
     own: Sequence[Said],
-    regions: Mapping[str, AskedRegion],
+    is_elsewhere: BoolArray,
     wordings: Mapping[str, str],
     conditions: Collection[str],
 ) -> dict[str, dict[int, Said]]:
@@ -133,7 +138,8 @@ def _counterfactuals(
         drawn = [_random_tokens(mask, question.question_id) for mask, question in zip(keep, asked, strict=True)]
         note("random", everything, answerer.ask(scan, asked, keep=torch.stack(drawn)))
     if "swapped" in conditions:
-        pairs = [(place, donor) for place, donor in enumerate(donors(asked, regions)) if donor is not None]
+        found_donors = donors([question.question_id for question in asked], is_elsewhere)
+        pairs = [(place, donor) for place, donor in enumerate(found_donors) if donor is not None]
         if pairs:
             places = [place for place, _ in pairs]
             swapped = keep[[donor for _, donor in pairs]]
@@ -165,23 +171,6 @@ def _identity(question: Question) -> str:
     return question.question_id.removeprefix(start) if question.question_id.startswith(start) else ""
 
 
-def _scans(data: Path, questions: Sequence[Question], split: str) -> list[tuple[str, Path, list[Question]]]:
-    """Scans of a split that preprocessing accepted: id, volume and questions."""
-    accepted = read_manifest(data / "volumes" / MANIFEST_NAME).filter(status="ok")
-    volumes = {scan_id: data / "volumes" / name for scan_id, name in accepted.select("scan_id", "volume").iter_rows()}
-    by_scan: dict[str, list[Question]] = defaultdict(list)
-    for question in questions:
-        if question.split == split and question.scan_id in volumes:
-            by_scan[question.scan_id].append(question)
-    if not by_scan:
-        fact = f"no accepted scan has questions in split {split!r}."
-        raise PhotonError("SPLIT_EMPTY", data, fact, "Choose a split that has questions, and preprocess its scans.")
-    return [
-        (scan_id, volumes[scan_id], sorted(asked, key=lambda question: question.question_id))
-        for scan_id, asked in sorted(by_scan.items())
-    ]
-
-
 def _grid_tokens(answerer: StudyAnswerer, scan: EncodedScan, said: Said) -> list[int] | None:
     """Numbers in the scan's whole grid of the tokens used; None where tokens have no place in it."""
     if said.keep is None or answerer.model.config.pruning.policy == "pooled":
@@ -194,14 +183,7 @@ def _known(keep: Tensor | None) -> Tensor:
     return keep
 
 
-def _row(
-    question: Question,
-    said: Said,
-    scan: EncodedScan,
-    answerer: StudyAnswerer,
-    kept: list[int] | None,
-    region: AskedRegion | None,
-) -> dict[str, object]:
+def _row(question: Question, said: Said, scan: EncodedScan, answerer: StudyAnswerer) -> dict[str, object]:
     vision = answerer.model.config.vision
     return {
         "question_id": question.question_id,
@@ -220,13 +202,6 @@ def _row(
         "gold_probability": said.gold_probability,
         "num_tokens": sum(num_visual_tokens(grid, vision) for grid in scan.context.grids),
         "num_kept": 0 if said.keep is None else int(said.keep.sum()),
-        "kept": kept,
-        "organ_region": _listed(None if region is None else region.organ),
-        "lesion_region": _listed(None if region is None else region.lesion),
-        "place": _listed(region.labels) if region is not None and region.labels.any() else None,
+        "kept": _grid_tokens(answerer, scan, said),
         "seconds": said.seconds,
     }
-
-
-def _listed(mask: object) -> list[int] | None:
-    return None if mask is None else [int(token) for token in torch.as_tensor(mask).nonzero().flatten()]

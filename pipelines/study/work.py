@@ -5,7 +5,6 @@ All take ``tracker`` and ``on_progress`` and return plain values.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,14 +16,28 @@ import polars as pl
 from pipelines.dataset import Draw
 from pipelines.study.answer_table import TRAINED
 from pipelines.study.memory import peak_memory, reset_peak
+from pipelines.study.region_table import write_regions
 from pipelines.study.spec import StudySpec
 from pipelines.study.starts import write_vision_start
 from pipelines.study.what_if import answer_split
 from pipelines.tracking import Tracker
 from pipelines.train import train
+from pipelines.train_history import read_history
 from pipelines.train_spec import TrainSpec
 
 Progress = Callable[[int, int, str], None]
+
+
+def find_regions(
+    data: Path, target: Path, split: str, max_scans: int | None, *, tracker: Tracker, on_progress: Progress
+) -> dict[str, Any]:
+    """:func:`pipelines.study.region_table.write_regions`, with how many questions have a region."""
+    table = write_regions(data, target, split=split, max_scans=max_scans, on_progress=on_progress)
+    return {
+        "num_questions": len(table),
+        "num_with_organ": len(table) - table["organ_region"].null_count(),
+        "num_with_lesion": len(table) - table["lesion_region"].null_count(),
+    }
 
 
 def make_vision_start(
@@ -84,6 +97,7 @@ def answer_questions(
     checkpoint: Path,
     data: Path,
     target: Path,
+    regions: Path,
     variant: str,
     seed: int,
     conditions: Sequence[str],
@@ -101,6 +115,7 @@ def answer_questions(
         checkpoint,
         data,
         target,
+        regions=regions,
         variant=variant,
         seed=seed,
         conditions=conditions,
@@ -126,17 +141,12 @@ def answer_questions(
     }
 
 
-def read_history(source: Path) -> list[dict[str, Any]]:
-    """Rows of a training's ``history.jsonl``, one a step."""
-    return [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-
-
 def speed(history: Sequence[dict[str, Any]], training: TrainSpec) -> dict[str, float]:
     """Median seconds of a step of the last stage, and questions a second at that pace."""
     last = history[-1]["stage"]
     seconds = statistics.median(float(row["elapsed_s"]) for row in history if row["stage"] == last)
     draw: Draw = training.pruned_draw if last in ("soft", "hard") else training.draw
-    questions = draw.scans_per_step * draw.questions_per_scan * training.accumulate
+    questions = draw.scans_per_step * draw.questions_per_scan
     return {"step_seconds": seconds, "questions_per_second": questions / seconds}
 
 

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from pipelines.study.analysis import COSTS, analyse
-from pipelines.study.answer_table import STUDY_SCHEMA
+from pipelines.study.looking import JOINED_SCHEMA
 from pipelines.study.records import RunRecord
 
 RARE = "bone lesion existence"
@@ -60,9 +60,9 @@ def rows_of(variant: str, seed: int, right: str, kept: list[int], condition: str
                 "num_tokens": 10,
                 "num_kept": len(kept),
                 "kept": kept,
-                "organ_region": [0, 1, 2, 3] if condition == "trained" else None,
-                "lesion_region": [0, 1] if condition == "trained" and gold == "yes" else None,
-                "place": [place] if condition == "trained" else None,
+                "organ_region": [0, 1, 2, 3],
+                "lesion_region": [0, 1] if gold == "yes" else None,
+                "place": [place],
             }
         )
     return found
@@ -81,7 +81,7 @@ def content() -> dict[str, Any]:
         *rows_of("all", 1, "xoxx", list(range(10))),
     ]
     majority = [{**row, "kept": None, "num_kept": 0, "num_tokens": 0} for row in rows_of("majority", 0, "oxox", [])]
-    answers = pl.DataFrame(rows + majority, schema=STUDY_SCHEMA, orient="row")
+    answers = pl.DataFrame(rows + majority, schema=JOINED_SCHEMA, orient="row")
     runs = [run(variant, seed) for variant in ("photon", "all") for seed in (0, 1)]
     return analyse(answers, runs, rare_subtypes=(RARE,))
 
@@ -153,6 +153,7 @@ def test_what_if(content: dict[str, Any]) -> None:
     assert found["removed"]["all"]["probability_change"]["value"] == pytest.approx(-0.25)
     assert found["removed"]["lesion present"]["score"]["num_questions"] == 2
     assert found["removed"]["lesion present"]["change"]["value"] == pytest.approx(0.25 - 0.75)
+    assert found["removed"]["about a lesion"]["score"]["num_questions"] == 4
     assert found["trained"]["all"]["change"] is None
     assert found["all tokens"]["all"]["num_kept"] == 10.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -14,16 +15,25 @@ from pipelines.predict import TorchAnswerer
 from pipelines.questions import read_questions
 from pipelines.study.answer_table import CONDITIONS, STUDY_SCHEMA, TRAINED, read_study_answers, write_study_answers
 from pipelines.study.answering import StudyAnswerer
-from pipelines.study.asked import read_asked_regions
+from pipelines.study.region_table import read_regions, write_regions
 from pipelines.study.what_if import answer_split, donors, other_wordings
 
 
 @pytest.fixture(scope="module")
-def table(smoke_data: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> pl.DataFrame:
+def regions(smoke_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("regions") / "regions.parquet"
+    write_regions(smoke_data, target, split="test")
+    return target
+
+
+@pytest.fixture(scope="module")
+def table(smoke_data: Path, trained: Path, regions: Path, tmp_path_factory: pytest.TempPathFactory) -> pl.DataFrame:
     """Everything a model of two depth slabs, twelve tokens, says about the test patients."""
     target = tmp_path_factory.mktemp("study") / "answers.parquet"
     checkpoint = trained / "checkpoint"
-    made = answer_split(checkpoint, smoke_data, target, variant="photon", seed=3, conditions=CONDITIONS[1:])
+    made = answer_split(
+        checkpoint, smoke_data, target, regions=regions, variant="photon", seed=3, conditions=CONDITIONS[1:]
+    )
     assert made.equals(read_study_answers(target))
     return made
 
@@ -54,7 +64,9 @@ def test_every_question_is_answered_as_the_model_was_trained_to(
     assert own.filter(pl.col("kind") != "closed")["gold_probability"].null_count() == len(own) - len(closed)
 
 
-def test_conditions_use_the_tokens_they_say(table: pl.DataFrame) -> None:
+def test_conditions_use_the_tokens_they_say(table: pl.DataFrame, regions: Path) -> None:
+    known = read_regions(regions)
+    place = dict(zip(known["question_id"].to_list(), known["place"].to_list(), strict=True))
     by = {name: {row["question_id"]: row for row in table.filter(condition=name).to_dicts()} for name in CONDITIONS}
     own = by[TRAINED]
     assert all(by[name].keys() == own.keys() for name in ("all tokens", "removed", "none", "random"))
@@ -72,12 +84,11 @@ def test_conditions_use_the_tokens_they_say(table: pl.DataFrame) -> None:
                 for other in own.values()
                 if other["scan_id"] == row["scan_id"]
                 and other["kept"] == swapped["kept"]
-                and not set(other["place"]) & set(row["place"])
+                and not set(place[other["question_id"]]) & set(place[question_id])
             ]
             assert given, "the tokens are those of a question about another place in the same scan"
     assert donors_found > len(own) / 2
     assert any(by["random"][key]["kept"] != row["kept"] for key, row in own.items())
-    assert table.filter(pl.col("condition") != TRAINED)["organ_region"].null_count() == len(table) - len(own)
 
 
 def test_counterfactual_answers_are_those_of_these_tokens(smoke_data: Path, trained: Path) -> None:
@@ -108,11 +119,12 @@ def test_questions_together_and_alone_are_one(smoke_data: Path, trained: Path) -
         assert one.keep is not None and two.keep is not None and torch.equal(one.keep, two.keep)
 
 
-def test_a_model_of_the_text_alone(smoke_data: Path, trained: Path, tmp_path: Path) -> None:
+def test_a_model_of_the_text_alone(smoke_data: Path, trained: Path, regions: Path, tmp_path: Path) -> None:
     made = answer_split(
         trained / "blind",
         smoke_data,
         tmp_path / "blind.parquet",
+        regions=regions,
         variant="blind",
         seed=0,
         conditions=CONDITIONS[1:],
@@ -122,7 +134,6 @@ def test_a_model_of_the_text_alone(smoke_data: Path, trained: Path, tmp_path: Pa
     assert made["scan_id"].n_unique() == 2
     assert set(made["condition"]) == {TRAINED} and set(made["num_kept"]) == {0}
     assert made["kept"].null_count() == len(made)
-    assert made["organ_region"].null_count() < len(made)
 
 
 def test_other_wordings_ask_the_same(smoke_data: Path) -> None:
@@ -138,24 +149,14 @@ def test_other_wordings_ask_the_same(smoke_data: Path) -> None:
         assert same, "another scan is asked so"
 
 
-def test_donors_repeat_and_are_elsewhere(smoke_data: Path) -> None:
-    scan = read_split(smoke_data, "test")[0]
-    regions = read_asked_regions(
-        smoke_data, scan.questions[0].scan_id, scan.volume.spec, scan.volume.affine, scan.questions
-    )
-    chosen = donors(scan.questions, regions)
-    assert chosen == donors(scan.questions, regions)
+def test_donors_repeat_and_are_elsewhere() -> None:
+    ids = [f"scan.{number}" for number in range(9)]
+    is_elsewhere = np.arange(9)[:, None] // 3 != np.arange(9) // 3
+    chosen = donors(ids, is_elsewhere)
+    assert chosen == donors(ids, is_elsewhere)
+    assert all(donor is not None and is_elsewhere[place, donor] for place, donor in enumerate(chosen))
     assert len(set(chosen)) > 3
-    assert all(place is not None for place in chosen)
-    assert donors(scan.questions[:1], regions) == [None]
-
-
-def test_an_empty_split_is_refused(smoke_data: Path, trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(PhotonError) as caught:
-        answer_split(
-            trained / "checkpoint", smoke_data, tmp_path / "t", variant="v", seed=0, conditions=(), split="none"
-        )
-    assert caught.value.code == "SPLIT_EMPTY"
+    assert donors(ids[:1], np.zeros((1, 1), dtype=bool)) == [None]
 
 
 def test_tables_are_checked_when_read(tmp_path: Path) -> None:

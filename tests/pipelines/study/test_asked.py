@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 
+from photon.errors import PhotonError
 from pipelines.anatomy import LABELS
 from pipelines.dataset import LabelledScan, read_split
 from pipelines.measurements import REGIONS
 from pipelines.questions import Question
 from pipelines.regions import organ_tokens
-from pipelines.study.asked import AskedRegion, lesion_labels, other_place, read_asked_regions
+from pipelines.study.asked import lesion_labels, read_asked_regions, tokens_by_label
+from pipelines.study.region_table import asked_scans, elsewhere, read_regions, write_regions
 from pipelines.volumes import resample_labels
 
 
@@ -78,15 +80,47 @@ def _place(scan: LabelledScan) -> tuple[str, object, np.ndarray]:
     return scan.questions[0].scan_id, scan.volume.spec, scan.volume.affine
 
 
-def test_other_places_share_no_label() -> None:
-    def region(*values: int) -> AskedRegion:
-        labels = np.zeros(256, dtype=bool)
-        labels[list(values)] = True
-        return AskedRegion(organ=None, lesion=None, labels=labels)
+def test_tokens_by_label_by_hand() -> None:
+    labels = np.zeros((14, 28, 84), dtype=np.uint8)
+    labels[3, 5, 27], labels[3, 5, 28], labels[0, 0, 83] = 7, 7, 255
+    held = tokens_by_label(labels)
+    assert held.shape == (256, 3)
+    assert held[7].tolist() == [True, True, False] and held[255].tolist() == [False, False, True]
+    assert held[0].all() and held.sum() == 6
 
-    liver, lungs, lung = question("a", "liver", 1), question("b", "lungs", 2), question("c", "left lung", 3)
-    regions = {"s.1": region(5, 11), "s.2": region(1, 2), "s.3": region(1)}
-    assert other_place(regions, liver, lungs) and other_place(regions, lungs, liver)
-    assert not other_place(regions, lungs, lung) and not other_place(regions, liver, liver)
-    assert other_place({}, lungs, lung), "by name alone, they are different organs"
-    assert not other_place({}, lung, dataclasses.replace(lung, question_id="s.4"))
+
+def test_other_places_share_no_label() -> None:
+    organs = ["liver", "lungs", "left lung", "left lung", "spleen"]
+    places = [[5, 11], [1, 2], [1], None, None]
+    assert elsewhere(organs, places).astype(int).tolist() == [
+        [0, 1, 1, 1, 1],
+        [1, 0, 0, 1, 1],
+        [1, 0, 0, 0, 1],
+        [1, 1, 0, 0, 1],
+        [1, 1, 1, 1, 0],
+    ]
+
+
+def test_the_table_of_regions(smoke_data: Path, tmp_path: Path) -> None:
+    made = write_regions(smoke_data, tmp_path / "regions.parquet", split="test", max_scans=2)
+    assert made.equals(read_regions(tmp_path / "regions.parquet"))
+    scans = asked_scans(smoke_data, "test", 2)
+    assert made["question_id"].to_list() == [q.question_id for _, _, asked in scans for q in asked]
+    scan = next(each for each in read_split(smoke_data, "test") if each.questions[0].scan_id == scans[0][0])
+    regions = read_asked_regions(smoke_data, *_place(scan), scan.questions)
+    for row in made.filter(pl.col("question_id").is_in(list(regions))).iter_rows(named=True):
+        region = regions[row["question_id"]]
+        assert region.organ is not None and row["organ_region"] == np.flatnonzero(region.organ).tolist()
+        assert row["lesion_region"] == (None if region.lesion is None else np.flatnonzero(region.lesion).tolist())
+        assert row["place"] == np.flatnonzero(region.labels).tolist()
+
+
+def test_what_the_table_refuses(smoke_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(PhotonError) as caught:
+        asked_scans(smoke_data, "none")
+    assert caught.value.code == "SPLIT_EMPTY"
+    pl.DataFrame({"question_id": ["q"]}).write_parquet(tmp_path / "other.parquet")
+    for name in ("other.parquet", "missing.parquet"):
+        with pytest.raises(PhotonError) as caught:
+            read_regions(tmp_path / name)
+        assert caught.value.code == "TABLE_UNREADABLE"

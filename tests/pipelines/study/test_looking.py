@@ -8,8 +8,14 @@ import numpy as np
 import polars as pl
 import pytest
 
-from pipelines.study.answer_table import STUDY_SCHEMA
-from pipelines.study.looking import jaccard_distances, place_test, region_shares, scan_looks, wording_test
+from pipelines.study.looking import (
+    JOINED_SCHEMA,
+    jaccard_distances,
+    place_test,
+    region_shares,
+    scan_looks,
+    wording_test,
+)
 
 NUM_TOKENS = 40
 
@@ -34,7 +40,7 @@ def answer(scan: str, number: int, organ: str, kept: list[int] | None, **more: A
 
 
 def table(rows: list[dict[str, Any]]) -> pl.DataFrame:
-    return pl.DataFrame(rows, schema=STUDY_SCHEMA, orient="row")
+    return pl.DataFrame(rows, schema=JOINED_SCHEMA, orient="row")
 
 
 def test_jaccard_distances_by_hand() -> None:

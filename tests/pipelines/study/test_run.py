@@ -100,7 +100,7 @@ def test_every_part_is_a_run_under_one_parent(whole: Path) -> None:
     parent = json.loads((whole / "records" / "run.json").read_text())["run_id"]
     runs = store.client.search_runs([store.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
     by_name = {run.info.run_name: run for run in runs}
-    assert set(by_name) == {"vision-seed-0", "warm-up-seed-0", "photon-seed-0", "slices-seed-0", "analysis"}
+    assert set(by_name) == {"vision-seed-0", "warm-up-seed-0", "photon-seed-0", "slices-seed-0", "regions", "analysis"}
     photon = by_name["photon-seed-0"].data
     assert photon.metrics["accuracy"] == pytest.approx(
         RunRecord.read(whole / "records" / "photon-seed-0.json").accuracy
@@ -124,7 +124,7 @@ def test_an_interrupted_study_ends_where_an_unbroken_one_does(smoke_data: Path, 
     assert not (tmp_path / "study" / "study.json").exists()
     again: list[str] = []
     run(smoke_data, tmp_path / "study", on_progress=lambda _done, _total, label: again.append(label))
-    assert not [label for label in again if re.match("(vision|warm-up|photon)-seed-0: (?!done)", label)]
+    assert not [label for label in again if re.match("(regions|(vision|warm-up|photon)-seed-0): (?!done)", label)]
     assert 0 < len([label for label in again if label.startswith("slices-seed-0: hard")]) < SPEC.lengths.hard
     assert not [label for label in again if label.startswith("slices-seed-0: warm-up")]
     for variant in ("photon", "slices"):

@@ -7,12 +7,14 @@ import re
 
 import pytest
 
-from photon.config import PruningConfig, tiny
+from photon.config import PruningConfig
 from photon.errors import PhotonError
+from photon.training.stages import Curriculum
 from pipelines.dataset import Draw
+from pipelines.start import start_from_scratch
 from pipelines.study.answer_table import CONDITIONS
 from pipelines.study.spec import LENGTHS, PRESETS, StudySpec
-from pipelines.study.starts import sized
+from pipelines.study.variants import Variant
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -21,19 +23,33 @@ def test_every_preset_makes_sense(name: str) -> None:
     names = [variant.name for variant in spec.variants]
     assert names[0] == "photon" and len(set(names)) == len(names)
     assert all(re.fullmatch(r"[a-z0-9.-]+", each) for each in names)
-    config = sized(tiny(40, special_ids={"vision_start": 1, "vision_end": 2, "video": 3, "eos": 4}), spec.model)
+    start = start_from_scratch(["a b"], spec.model).with_pruning(spec.pruning)
     for variant in spec.variants:
-        pruning = dataclasses.replace(config.pruning, **variant.pruning)
-        dataclasses.replace(config, pruning=pruning)  # refuses what does not fit together
+        start.with_pruning(variant.pruning)  # refuses what does not fit together
         dataclasses.replace(spec.pruned_draw, **variant.draw)
         assert set(variant.conditions) <= set(CONDITIONS)
-        training, own = spec.training(variant, 1), spec.own_warm_up(variant, 1, 7)
+        training, own = spec.training(variant, 1), spec.own_warm_up(variant, 1, spec.lengths.warm_up)
         assert training.schedule.num_steps == spec.lengths.soft + spec.lengths.hard
         assert training.schedule.warm_up == own.schedule.soft == own.schedule.hard == 0
-        assert own.schedule.num_steps == 7
+        assert own.schedule.num_steps == spec.lengths.warm_up
         assert training.seed == own.seed == 1
-        if variant.freeze_vision:  # encoded once: the volumes may not move
-            assert training.pruned_draw.max_shift == own.draw.max_shift == (0, 0, 0)
+
+
+@pytest.mark.parametrize("alignment", [0, 3, 5, 7])
+def test_a_warm_up_of_its_own_ends_where_the_shared_one_did(alignment: int) -> None:
+    """Followed as the trainer follows it, with validations that are all below the shared one's margin."""
+    lengths = dataclasses.replace(LENGTHS["smoke"], warm_up=40, validate_every=5, alignment=alignment)
+    spec = dataclasses.replace(StudySpec.preset("smoke"), lengths=lengths)
+    variant = Variant(name="v", has_own_warm_up=True, freeze_vision=alignment == 0)
+    for ended in (15, 35, 40):
+        own = spec.own_warm_up(variant, 0, ended)
+        curriculum, done = Curriculum(plan=own.schedule, switch=own.switch), 0
+        while done < curriculum.schedule.num_steps:
+            done += 1
+            if done % 5 == 0 or done == 40:
+                curriculum, _ = curriculum.validated(done, 0.0)
+        assert done == ended
+        assert own.schedule.num_steps == 40, "the learning rate follows the same plan"
 
 
 def test_policies_differ_in_nothing_but_the_policy() -> None:
