@@ -15,6 +15,7 @@ from pipelines.figures import INK, PAGE_WIDTH_IN, STYLE, percent_axis, svg_bytes
 
 COLOURS = {
     "photon": "#2b7fd9",
+    "published": "#12a5a5",
     "all": "#8456c9",
     "fixed": "#2e9e6b",
     "fixed-blind": "#b7a21d",

@@ -43,10 +43,10 @@ class Lengths:
 LENGTHS = {
     "smoke": Lengths(naming=4, blind=4, warm_up=6, soft=2, hard=4, flip_after=2, alignment=1, validate_every=3),
     "small": Lengths(
-        naming=600, blind=120, warm_up=700, soft=20, hard=130, flip_after=40, alignment=20, validate_every=50
+        naming=600, blind=120, warm_up=900, soft=100, hard=160, flip_after=60, alignment=20, validate_every=50
     ),
     "medium": Lengths(
-        naming=450, blind=120, warm_up=900, soft=20, hard=130, flip_after=40, alignment=40, validate_every=100
+        naming=450, blind=120, warm_up=1200, soft=120, hard=240, flip_after=80, alignment=40, validate_every=50
     ),
     "full": Lengths(
         naming=2000, blind=500, warm_up=4000, soft=500, hard=2000, flip_after=500, alignment=200, validate_every=200
@@ -57,10 +57,8 @@ LENGTHS = {
 }
 """The one table of lengths. The ablations take those of "small"."""
 
-_DEEPER: dict[str, Any] = {"num_hidden_layers": 8, "pruning": {"layer": 2}}
-"""The tiny model with eight layers, pruning after the third."""
 _OPTIMISER = OptimiserConfig(
-    learning_rate=6e-3, vision_learning_rate=5e-4, alignment_learning_rate=1e-4, weight_decay=0.01
+    learning_rate=3e-3, vision_learning_rate=5e-4, alignment_learning_rate=1e-4, weight_decay=0.01
 )
 _DRAW = Draw(scans_per_step=8, questions_per_scan=24, max_shift=(6, 6, 6), robust_probability=0.0, flip_probability=0.0)
 _PRUNED_DRAW = dataclasses.replace(_DRAW, questions_per_scan=8, robust_probability=0.15, flip_probability=0.05)
@@ -90,7 +88,7 @@ class StudySpec:
     """Fields of its pruning configuration that differ in every variant."""
     optimiser: OptimiserConfig = _OPTIMISER
     """Of the warm-up and the text-only model."""
-    pruned_optimiser: OptimiserConfig = dataclasses.replace(_OPTIMISER, learning_rate=1.5e-3)
+    pruned_optimiser: OptimiserConfig = dataclasses.replace(_OPTIMISER, learning_rate=1.2e-3)
     """Of the variants, which go on from a warm-up."""
     draw: Draw = _DRAW
     """Batches of the warm-up and the text-only model."""
@@ -98,7 +96,7 @@ class StudySpec:
     """Batches of the variants."""
     naming_learning_rate: float = 6e-3
     naming_scans_per_step: int = 8
-    margin: float | None = 0.1
+    margin: float | None = 0.2
     """Validation accuracy above the blind model's that ends the warm-up."""
     accumulate: int = 1
     """Micro-batches that a step's scans are dealt to."""
@@ -235,9 +233,9 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "naming_scans_per_step": 2,
         "save_every": 2,
     },
-    "small": {"phantoms": "vqa-small", "rare_subtypes": _RARE, "model": _DEEPER, "margin": None},
-    "ablations": {"phantoms": "vqa-small", "rare_subtypes": _RARE, "model": _DEEPER, "margin": None},
-    "medium": {"phantoms": "vqa-medium", "rare_subtypes": _RARE, "model": _DEEPER, "margin": None},
+    "small": {"phantoms": "vqa-small", "rare_subtypes": _RARE},
+    "ablations": {"phantoms": "vqa-small", "rare_subtypes": _RARE},
+    "medium": {"phantoms": "vqa-medium", "rare_subtypes": _RARE},
     "full": {
         "phantoms": "vqa-full",
         "rare_subtypes": _RARE,
@@ -246,5 +244,5 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "pruned_optimiser": dataclasses.replace(_OPTIMISER, learning_rate=5e-4),
         "save_every": 200,
     },
-    "real": {"model": _DEEPER},
+    "real": {"margin": 0.05},
 }

@@ -11,6 +11,9 @@ from pipelines.study.answer_table import CONDITIONS
 OWN_WARM_UP = ("slices", "pooled")
 """Policies whose tokens differ from the first layer on: they cannot go on from a warm-up with all tokens."""
 
+LEARNT: dict[str, Any] = {"saliency_gradient": True, "keep_band": (0.2, 0.4)}
+"""Where to look is learnt from the task, under pressure to keep little. As published only how much is: docs/evidence.md."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Variant:
@@ -45,8 +48,9 @@ def policies(keep_ratio: float | None = None) -> tuple[Variant, ...]:
     """
     ratio = {} if keep_ratio is None else {"keep_ratio": keep_ratio}
     return (
-        Variant(name="photon", conditions=CONDITIONS[1:]),
+        Variant(name="photon", pruning=LEARNT, conditions=CONDITIONS[1:]),
         Variant(name="all", pruning={"policy": "all"}),
+        Variant(name="published", conditions=CONDITIONS[1:2]),
         Variant(name="fixed", pruning={"policy": "fixed", **ratio}),
         Variant(name="fixed-blind", pruning={"policy": "fixed-blind", **ratio}),
         Variant(name="slices", pruning={"policy": "slices", **ratio}, has_own_warm_up=True),
@@ -63,18 +67,24 @@ def ablations(soft: int, hard: int) -> tuple[Variant, ...]:
     what_if = ("all tokens",)
     unfrozen: dict[str, Any] = {"has_own_warm_up": True, "freeze_vision": False, "conditions": what_if}
     return (
-        Variant(name="photon", conditions=what_if),
-        Variant(name="rule-paper", pruning={"sgp_rule": "paper"}, conditions=what_if),
-        Variant(name="bias-minus-5", pruning={"threshold_bias_init": -5.0}, conditions=what_if),
-        Variant(name="no-band", pruning={"band_weight": 0.0}, conditions=what_if),
-        Variant(name="low-band", pruning={"keep_band": (0.1, 0.3)}, conditions=what_if),
-        Variant(name="no-robustness", draw={"robust_probability": 0.0}, conditions=what_if),
-        Variant(name="no-flip", draw={"flip_probability": 0.0}, conditions=what_if),
-        Variant(name="no-soft-stage", lengths={"soft": 0, "hard": soft + hard}, conditions=what_if),
-        Variant(name="temperature-0.1", pruning={"temperature": 0.1}, conditions=what_if),
-        Variant(name="temperature-0.4", pruning={"temperature": 0.4}, conditions=what_if),
-        Variant(name="saliency-gradient", pruning={"saliency_gradient": True}, conditions=what_if),
+        Variant(name="photon", pruning=LEARNT, conditions=what_if),
+        Variant(name="no-saliency-gradient", pruning={**LEARNT, "saliency_gradient": False}, conditions=what_if),
+        Variant(name="rule-paper", pruning={**LEARNT, "sgp_rule": "paper"}, conditions=what_if),
+        Variant(
+            name="rule-paper-no-saliency-gradient",
+            pruning={**LEARNT, "sgp_rule": "paper", "saliency_gradient": False},
+            conditions=what_if,
+        ),
+        Variant(name="bias-minus-5", pruning={**LEARNT, "threshold_bias_init": -5.0}, conditions=what_if),
+        Variant(name="no-band", pruning={**LEARNT, "band_weight": 0.0}, conditions=what_if),
+        Variant(name="published-band", pruning={**LEARNT, "keep_band": (0.3, 0.8)}, conditions=what_if),
+        Variant(name="low-band", pruning={**LEARNT, "keep_band": (0.05, 0.2)}, conditions=what_if),
+        Variant(name="no-robustness", pruning=LEARNT, draw={"robust_probability": 0.0}, conditions=what_if),
+        Variant(name="no-flip", pruning=LEARNT, draw={"flip_probability": 0.0}, conditions=what_if),
+        Variant(name="no-soft-stage", pruning=LEARNT, lengths={"soft": 0, "hard": soft + hard}, conditions=what_if),
+        Variant(name="temperature-0.1", pruning={**LEARNT, "temperature": 0.1}, conditions=what_if),
+        Variant(name="temperature-0.4", pruning={**LEARNT, "temperature": 0.4}, conditions=what_if),
         # The patch embedding is trained alone before everything is: this means something only with a tower that learns.
-        Variant(name="vision-learns", **unfrozen),
-        Variant(name="vision-learns-no-alignment", lengths={"alignment": 0}, **unfrozen),
+        Variant(name="vision-learns", pruning=LEARNT, **unfrozen),
+        Variant(name="vision-learns-no-alignment", pruning=LEARNT, lengths={"alignment": 0}, **unfrozen),
     )
