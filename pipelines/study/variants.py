@@ -12,7 +12,8 @@ OWN_WARM_UP = ("slices", "pooled")
 """Policies whose tokens differ from the first layer on: they cannot go on from a warm-up with all tokens."""
 
 LEARNT: dict[str, Any] = {"saliency_gradient": True, "keep_band": (0.2, 0.4)}
-"""Where to look is learnt from the task, under pressure to keep little. As published only how much is: docs/evidence.md."""
+"""Where to look is learnt from the task, under pressure to keep little; as published only how much is
+(docs/evidence.md)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
