@@ -7,8 +7,8 @@ kept token is removed or one dropped token is added, and what gradient each rule
 ``wish`` is minus that gradient: how strongly a step of gradient descent would raise the probability. A right rule
 wishes most for the tokens whose removal hurts most.
 
-As p is moved through the threshold alone, the gradient of the threshold is held against the truth too: the loss with a
-tenth of the tokens more, and with a tenth fewer, by score.
+As published p moves through the threshold alone, so the gradient of the threshold is held against the truth too: the
+loss with a tenth of the tokens more, and with a tenth fewer, by score.
 
 Gradients are those of one question's own loss ("question"), and those of a batch of 64, where the same loss weighs a
 64th and the floor under the standard deviation comes into play ("batch of 64").

@@ -47,9 +47,10 @@ def study(
 
     From every seed a vision tower and a decoder are trained with all tokens until they answer better than a model that
     only reads the question. From there each policy goes on for the same number of steps: photon (a threshold for every
-    question), all (every token), fixed (as many of the highest scores for every question), fixed-blind (the same scores
-    without the question), slices and pooled (fewer tokens from the start). Then each answers the questions about the
-    test patients; photon also with its tokens taken away, exchanged with another question's, and drawn at random.
+    question, scores that learn), published (scores that get no gradient), all (every token), fixed (as many of the
+    highest scores for every question), fixed-blind (scores that do not see the question), slices and pooled (fewer
+    tokens from the start). Then each answers the questions about the test patients; photon also with its tokens taken
+    away, exchanged with another question's, and drawn at random.
 
     Without data of your own the benchmark PhantomVQA is made first (docs/phantom-vqa.md). Your own scans: a folder that
     `photon questions` or `photon import` made and `photon preprocess` filled, with questions in the splits train, val

@@ -8,9 +8,6 @@ from typing import Any
 
 from pipelines.study.answer_table import CONDITIONS
 
-OWN_WARM_UP = ("slices", "pooled")
-"""Policies whose tokens differ from the first layer on: they cannot go on from a warm-up with all tokens."""
-
 LEARNT: dict[str, Any] = {"saliency_gradient": True, "keep_band": (0.2, 0.4)}
 """Where to look is learnt from the task, under pressure to keep little; as published only how much is
 (docs/evidence.md)."""
@@ -29,7 +26,8 @@ class Variant:
     lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Steps that differ from the study's: ``alignment``, ``soft``, ``hard``, ``flip_after``."""
     has_own_warm_up: bool = False
-    """Warms up by itself from the vision start under its own configuration, as many steps as the shared one took."""
+    """Warms up by itself from the vision start under its own configuration, as many steps as the shared one took: for
+    policies whose tokens differ from the first layer on, which cannot go on from a warm-up with all tokens."""
     freeze_vision: bool = True
     """Whether the vision tower stays as the vision start left it."""
     conditions: tuple[str, ...] = ()
