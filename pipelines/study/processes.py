@@ -20,6 +20,8 @@ from pipelines.tracking import Tracker
 PRELOADED = "pipelines.study.work"
 """Imported once, in the process that all others are copied from."""
 
+EXIT_INTERRUPTED = 130
+
 OnProgress = Callable[[int, int, str], None]
 Work = Callable[..., Any]
 
@@ -136,6 +138,8 @@ def _serve(pipe: Connection, work: Work, arguments: dict[str, Any], threads: int
         pipe.send(("result", work(**arguments, tracker=PipeTracker(pipe), on_progress=on_progress)))
     except PhotonError as error:
         pipe.send(("error", error))
+    except KeyboardInterrupt:  # the parent gets the same Ctrl-C, and says so
+        os._exit(EXIT_INTERRUPTED)
     except Exception:
         pipe.send(("fault", traceback.format_exc()))
 
