@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -96,6 +98,13 @@ def train(
         list[str] | None,
         typer.Option(help="Size of the model from scratch, e.g. hidden_size=128 or vision.depth=6; repeatable."),
     ] = None,
+    parallel: Annotated[
+        Literal["ddp", "fsdp"] | None,
+        typer.Option(
+            help="Share every step among the processes of torchrun: ddp, a whole model each, or fsdp, sharded. "
+            "Default under torchrun: ddp."
+        ),
+    ] = None,
     blind: Annotated[bool, typer.Option("--blind/--no-blind", help="Train the text-only model too.")] = True,
     device: Device = "auto",
     precision: Precision = "float32",
@@ -114,8 +123,12 @@ def train(
     Qwen2.5-VL has no pruning parameters and no patch embedding for volumes: these start from the seed, all else from
     the checkpoint. What started from the seed, and what of the checkpoint is not used, is printed.
 
+    On several GPUs, or CPU processes: `torchrun --nproc-per-node 2 -m flows.cli train --parallel fsdp ...`. A step is
+    that of one process; rank 0 writes.
+
     Example: `photon train --data data --output out/train --preset demo`
     """
+    from photon.training.launch import num_processes
     from photon.training.stages import WarmUpSwitch
     from pipelines.train import train as run_stage
     from pipelines.train_options import parse_settings, parse_stages
@@ -148,8 +161,14 @@ def train(
         validate_every=validate_every or spec.validate_every,
         save_every=save_every or spec.save_every,
     )
+    parallel = parallel or ("ddp" if num_processes() > 1 else None)
+    is_main = parallel is None or os.environ.get("RANK", "0") == "0"
     version = folder_version(data)
-    with tracked("train", track, version) as tracker, show_progress("train") as on_progress, show_log():
+    with (
+        tracked("train", track and is_main, version) as tracker,
+        show_progress("train") if is_main else nullcontext() as on_progress,
+        show_log() if is_main else nullcontext(),
+    ):
         record = run_stage(
             spec,
             data,
@@ -157,12 +176,15 @@ def train(
             data_version=version,
             start_from=start_from,
             train_blind=blind,
+            parallel=parallel,
             device=device,
             backend=backend,
             checkpoint_activations=recompute,
             tracker=tracker,
             on_progress=on_progress,
         )
+    if not is_main:
+        return
     show_results(
         checkpoint=record.checkpoint,
         blind_checkpoint=record.blind_checkpoint or "none",

@@ -84,15 +84,24 @@ def load_tensors(source: Path) -> dict[str, Tensor]:
         return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - not a mapping
 
 
-def write_model(model: Photon, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def write_model(
+    model: Photon,
+    folder: Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write weights and configuration into an existing folder, in place of the weights that are there.
 
     The weights become one file, or shards of at most ``max_shard_bytes`` with an index when that is not enough. One
     file's worth of tensors is on the CPU at a time. To replace a folder as a whole, see :func:`replace_folder`.
+
+    Args:
+        weights: the whole parameters by name, where the model has only parts of them.
     """
     for stale in (folder / INDEX, folder / WEIGHTS, *folder.glob("model-?????-of-?????.safetensors")):
         stale.unlink(missing_ok=True)
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters()) if weights is None else weights
     sizes = {name: parameter.numel() * parameter.element_size() for name, parameter in parameters.items()}
     shards = plan_shards(sizes, max_shard_bytes)
     for file, names in shards.items():

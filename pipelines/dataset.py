@@ -177,6 +177,11 @@ class BatchSource:
         other.draw = _without_moves(draw, self.tower)
         return other
 
+    def names(self, step: int, numbers: Sequence[int], count: int) -> list[str]:
+        """Ids of the scans in the micro-batches that :meth:`parts` makes."""
+        order = self._scan_order(step)
+        return [self._name(index) for number in numbers for index in order[number::count]]
+
     def blind_batch(self, step: int) -> TrainingBatch:
         """The same questions without their scans."""
         return self.blind_parts(step, [0], 1)[0]

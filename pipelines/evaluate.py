@@ -26,7 +26,7 @@ from pipelines.volumes import read_volume
 
 if TYPE_CHECKING:
     from photon.ops.backend import Backend
-    from photon.training.loop import Precision
+    from photon.training.optimiser import Precision
     from pipelines.predict import ClosedBy
 
 ANSWERS_FILE = "answers.parquet"

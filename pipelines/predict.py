@@ -17,7 +17,7 @@ from photon.generate import Prompted, ask, decode, encode_scan
 from photon.grid import num_visual_tokens
 from photon.likelihood import option_log_likelihoods
 from photon.ops.backend import Backend, resolve
-from photon.training.loop import Precision
+from photon.training.optimiser import Precision
 from pipelines.answers import MAX_ANSWER_TOKENS, Answer
 from pipelines.dataset import empty_context, scan_context
 from pipelines.questions import Question

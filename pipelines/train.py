@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from photon.checkpoint import replace_folder, write_model
 from photon.device import choose_device
 from photon.errors import PhotonError
-from photon.model.network import Photon
 from photon.ops.backend import Backend, resolve
+from photon.training.launch import join
+from photon.training.loop import Trainer
+from photon.training.parallel import Kind
+from photon.training.working import take_notes
 from pipelines.dataset import LabelledScan, read_split
 from pipelines.files import lock_output, prepare_output_folder, write_json
 from pipelines.results import TrainRecord
-from pipelines.start import start_from_checkpoint, start_from_scratch
+from pipelines.start import Start, start_from_checkpoint, start_from_scratch
 from pipelines.text import TOKENIZER, Prompter
 from pipelines.tracking import NullTracker, Tracker
 from pipelines.train_history import read_history
@@ -25,6 +30,7 @@ from pipelines.train_spec import TrainSpec
 
 PROVENANCE = "provenance.json"
 TRAINING = "training.json"
+_LOG = logging.getLogger("photon")
 
 
 def train(
@@ -35,6 +41,7 @@ def train(
     data_version: str,
     start_from: Path | None = None,
     train_blind: bool = True,
+    parallel: Kind | None = None,
     device: str = "cpu",
     backend: Backend = "auto",
     checkpoint_activations: bool = False,
@@ -55,6 +62,8 @@ def train(
         start_from: checkpoint folder whose weights and tokenizer both models start with; its content is part of the
             run's identity. None for the tiny model from scratch.
         train_blind: whether the text-only baseline is trained too; no part of the run's identity.
+        parallel: "ddp" for whole models, "fsdp" for sharded ones, in every process that torchrun has started; rank 0
+            writes. A step then is that of one process but for rounding, so this is no part of the run's identity.
         device: "cpu", "cuda" or "auto"; no part of the run's identity, so it may change from start to start.
         backend: implementation of the pruning operators, "auto", "reference" or "triton"; they agree to rounding, and
             so it is no part of the run's identity.
@@ -71,23 +80,21 @@ def train(
     is_blind_first = check_switch(spec, train_blind)
     place = choose_device(device)
     operators = resolve(backend, place)
-    prepare_output_folder(output)
-    with lock_output(output):
-        tracker = tracker or NullTracker()
-        scans, validation = read_split(data, "train"), read_split(data, "val")
-        texts = _texts(scans)
-        if start_from is None:
-            start = start_from_scratch(texts, spec.model)
-        elif spec.model:
-            fact = f"{', '.join(spec.model)} cannot be other than the checkpoint's."
-            raise PhotonError("TRAINING_INVALID", start_from, fact, "Leave it out, or train from scratch.")
-        else:
-            start = start_from_checkpoint(start_from, texts)
-        start = start.with_pruning(spec.pruning)
+    notes = output / "working"
+    with join(parallel, place, notes) as ranks, ExitStack() as held:
+        with ranks.together():
+            if ranks.is_main:
+                prepare_output_folder(output)
+                held.enter_context(lock_output(output))
+                for note in take_notes(notes):
+                    _LOG.warning("The run before this one was killed: %s.", note)
+        tracker = tracker if tracker is not None and ranks.is_main else NullTracker()
+        with ranks.together():
+            scans, validation = read_split(data, "train"), read_split(data, "val")
+            start = _start(spec, scans, start_from)
         identity = {"model": start.config.to_hf(), "data_version": data_version, "start_digest": start.digest}
-        tracker.log_hyperparameters(
-            {**dataclasses.asdict(spec), **identity, "device": place.type, "operators": operators}
-        )
+        where = {"device": place.type, "operators": operators, "processes": ranks.size, "parallel": ranks.kind}
+        tracker.log_hyperparameters({**dataclasses.asdict(spec), **identity, **where})
         run = TrainRun(
             spec=spec,
             start=start,
@@ -98,20 +105,21 @@ def train(
             tracker=tracker,
             on_progress=on_progress,
             data_version=data_version,
-            device=place,
+            device=ranks.device or place,
             backend=backend,
             checkpoint_activations=checkpoint_activations,
             has_blind=train_blind,
+            ranks=ranks,
         )
         switch, blind = spec.switch, None
         if switch is not None and is_blind_first:
             blind = run.train_blind()
             switch = run.measured(switch, blind)
-        model, curriculum = run.train_model(switch)
+        model = run.train_model(switch)
         if train_blind and blind is None:
             blind = run.train_blind()
         origin = {"volume_spec": scans[0].volume.spec.as_dict(), "data_version": data_version}
-        told = curriculum.told(curriculum.schedule.num_steps)
+        told = model.curriculum.told(model.num_steps_done)
         _write_checkpoint(model, start.prompter, output / "checkpoint", {PROVENANCE: origin, TRAINING: told})
         if blind is not None:
             _write_checkpoint(blind, start.prompter, output / "blind", {PROVENANCE: origin})
@@ -120,31 +128,41 @@ def train(
             checkpoint=str(output / "checkpoint"),
             blind_checkpoint="" if blind is None else str(output / "blind"),
             history=str(run.history),
-            num_steps=curriculum.schedule.num_steps,
+            num_steps=model.num_steps_done,
             elapsed_s=time.perf_counter() - started,
             final_loss=float(history[-1]["answer_loss"]),
             kept_fraction=float(history[-1]["kept_fraction"]),
             config_digest=start.config.digest(),
             data_version=data_version,
         )
-        record.write(output / "record.json")
-        tracker.log_summary({"final_loss": record.final_loss, "train_elapsed_s": record.elapsed_s})
-        tracker.log_artifact(run.history)
-        tracker.log_artifact(output / "checkpoint")
+        if ranks.is_main:
+            record.write(output / "record.json")
+            tracker.log_summary({"final_loss": record.final_loss, "train_elapsed_s": record.elapsed_s})
+            tracker.log_artifact(run.history)
+            tracker.log_artifact(output / "checkpoint")
     return record
 
 
-def _texts(scans: Sequence[LabelledScan]) -> list[str]:
-    return [text for scan in scans for q in scan.questions for text in (q.question, q.answer)]
+def _start(spec: TrainSpec, scans: Sequence[LabelledScan], start_from: Path | None) -> Start:
+    texts = [text for scan in scans for q in scan.questions for text in (q.question, q.answer)]
+    if start_from is None:
+        return start_from_scratch(texts, spec.model).with_pruning(spec.pruning)
+    if spec.model:
+        fact = f"{', '.join(spec.model)} cannot be other than the checkpoint's."
+        raise PhotonError("TRAINING_INVALID", start_from, fact, "Leave it out, or train from scratch.")
+    return start_from_checkpoint(start_from, texts).with_pruning(spec.pruning)
 
 
-def _write_checkpoint(model: Photon, prompter: Prompter, folder: Path, told: dict[str, dict[str, Any]]) -> None:
-    """A checkpoint folder; ``told`` has further JSON files by name."""
+def _write_checkpoint(trainer: Trainer, prompter: Prompter, folder: Path, told: dict[str, dict[str, Any]]) -> None:
+    """A checkpoint folder, by rank 0; ``told`` has further JSON files by name."""
+    weights = trainer.whole_weights()
 
     def build(temporary: Path) -> None:
-        write_model(model, temporary)
+        write_model(trainer.model, temporary, weights=weights)
         prompter.write(temporary / TOKENIZER)
         for name, content in told.items():
             write_json(temporary / name, content)
 
-    replace_folder(folder, build)
+    with trainer.ranks.together():
+        if trainer.ranks.is_main:
+            replace_folder(folder, build)

@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,9 +20,11 @@ from photon.model.pruning import Mode
 from photon.model.vision import VisionTower
 from photon.ops.backend import Backend
 from photon.training.loop import StepReport, Trainer
+from photon.training.parallel import ALONE, Ranks
 from photon.training.pretrain import pretrain_vision
 from photon.training.stages import MODES, Curriculum, Stage, StageSchedule, WarmUpSwitch
 from photon.training.step import TrainingBatch
+from photon.training.working import write_note
 from pipelines.dataset import BatchSource, Draw, LabelledScan, NamingSource
 from pipelines.start import Start
 from pipelines.tracking import Tracker
@@ -49,6 +52,7 @@ class TrainRun:
     backend: Backend
     checkpoint_activations: bool
     has_blind: bool
+    ranks: Ranks = ALONE
     num_done: int = dataclasses.field(default=0, init=False)
     """Steps of the parts that are finished, for the progress."""
     num_model_steps: int = dataclasses.field(default=0, init=False)
@@ -61,8 +65,13 @@ class TrainRun:
         """One JSON row a step."""
         return self.output / "history.jsonl"
 
-    def train_model(self, switch: WarmUpSwitch | None) -> tuple[Photon, Curriculum]:
-        """Photon through all its stages, and the stages as they came.
+    @property
+    def notes(self) -> Path:
+        """What each rank is working on."""
+        return self.output / "working"
+
+    def train_model(self, switch: WarmUpSwitch | None) -> Trainer:
+        """Photon through all its stages.
 
         Args:
             switch: what ends the warm-up, its baseline known.
@@ -76,7 +85,9 @@ class TrainRun:
         whole = self._source(self.scans, draws[0], tower)
         sources = {False: whole, True: whole.with_draw(draws[1])}
         checks = [self._source([scan], whole_draw(scan), tower) for scan in self.validation]
-        truncate_history(self.history, trainer.num_steps_done)
+        with self.ranks.together():
+            if self.ranks.is_main:
+                truncate_history(self.history, trainer.num_steps_done)
 
         def on_step(report: StepReport) -> None:
             row = history_row(report)
@@ -84,25 +95,33 @@ class TrainRun:
                 row["initialised"] = ", ".join(initialised)
             self.tracker.log({k: v for k, v in row.items() if isinstance(v, float)}, step=report.step)
             if self._is_validated(report.step + 1, trainer.curriculum):
-                accuracy = validate(trainer.model, (check.batch(0, False).batch for check in checks), report.stage)
+                accuracy = validate(trainer, [partial(check.batch, 0, False) for check in checks], report.stage)
                 row["validation_accuracy"] = accuracy
                 self.tracker.log({"validation_accuracy": accuracy}, step=report.step)
                 if (verdict := trainer.validated(accuracy)) is not None:
                     row["evidence"] = verdict
                     self._tell_verdict(verdict, trainer.curriculum, report.step + 1)
-            with self.history.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(row) + "\n")
+            if self.ranks.is_main:
+                with self.history.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(row) + "\n")
             self.num_model_steps = trainer.schedule.num_steps
             self._tell(report.step, f"{report.stage}, loss {report.result.answer_loss:.2f}")
 
         def batch_at(step: int, with_flips: bool) -> list[TrainingBatch]:
-            is_pruned = MODES[trainer.schedule.stage_at(step)] != "full"
-            return sources[is_pruned].parts(step, with_flips, range(self.spec.accumulate), self.spec.accumulate)
+            source = sources[MODES[trainer.schedule.stage_at(step)] != "full"]
+            numbers, count = self._noted(source, step)
+            return source.parts(step, with_flips, numbers, count)
 
         trainer.run(batch_at, on_step=on_step, save_to=self.output / "state", save_every=self.spec.save_every)
         self.num_model_steps = trainer.schedule.num_steps
         self.num_done += self.num_model_steps
-        return trainer.model.eval(), trainer.curriculum
+        return trainer
+
+    def _noted(self, source: BatchSource, step: int) -> tuple[list[int], int]:
+        """This rank's micro-batches of a step, of how many, after a note of the scans in them."""
+        numbers, count = self.ranks.dealt(self.spec.accumulate)
+        write_note(self.notes, self.ranks.rank, step, source.names(step, numbers, count))
+        return numbers, count
 
     def _is_validated(self, num_done: int, curriculum: Curriculum) -> bool:
         is_last = num_done == curriculum.schedule.num_steps
@@ -131,7 +150,8 @@ class TrainRun:
             self.tracker.log({"naming_loss": loss}, step=step)
             self._tell(step, f"vision pretraining, loss {loss:.3f}")
 
-        model.visual.requires_grad_(True)
+        place = model.visual.vision_patch_embed.proj.weight.device
+        model.visual.to(self.device).requires_grad_(True)
         pretrain_vision(
             model.visual,
             lambda step: source.batch(step, self.spec.draw.max_shift),
@@ -139,26 +159,26 @@ class TrainRun:
             frequencies=source.frequencies(),
             on_step=on_step,
         )
-        model.visual.requires_grad_(not self.spec.freeze_vision)
         model.visual.zero_grad(set_to_none=True)  # what is left there would count in the norm of later gradients
+        model.visual.to(place).requires_grad_(not self.spec.freeze_vision)
 
-    def train_blind(self) -> Photon:
+    def train_blind(self) -> Trainer:
         """The same decoder on the same questions without any scan."""
         source = self._source(self.scans, self._draw(self.spec.draw))
         schedule = StageSchedule(alignment=0, warm_up=self.spec.blind_steps, soft=0, hard=0, flip_after=0)
         trainer, _ = self._trainer("blind_state", schedule)
         trainer.run(
-            lambda step, _: source.blind_parts(step, range(self.spec.accumulate), self.spec.accumulate),
+            lambda step, _: source.blind_parts(step, *self._noted(source, step)),
             on_step=lambda report: self._tell(report.step, "text-only baseline"),
             save_to=self.output / "blind_state",
             save_every=self.spec.save_every,
         )
         self.num_done += self.spec.blind_steps
-        return trainer.model.eval()
+        return trainer
 
-    def measured(self, switch: WarmUpSwitch, blind: Photon) -> WarmUpSwitch:
+    def measured(self, switch: WarmUpSwitch, blind: Trainer) -> WarmUpSwitch:
         """The switch with the validation accuracy of the text-only baseline as its own."""
-        checks = (self._source([scan], whole_draw(scan)).blind_batch(0).batch for scan in self.validation)
+        checks = [partial(self._source([scan], whole_draw(scan)).blind_batch, 0) for scan in self.validation]
         baseline = validate(blind, checks, "warm-up")
         _LOG.info("Validation accuracy without the scan: %.3f.", baseline)
         return dataclasses.replace(switch, baseline=baseline)
@@ -176,32 +196,50 @@ class TrainRun:
         """A trainer where it last stopped, and the parameters that started without a checkpoint's."""
         parts = (self.spec.digest(), self.start.config.digest(), self.data_version, state, self.start.digest)
         digest = hashlib.sha256(" ".join(filter(None, parts)).encode()).hexdigest()[:12]
-        model, initialised = self.start.build_model(self.spec.seed, self.device)
+        # Shards go to their rank's device one by one, so that no device ever holds the whole model.
+        place = torch.device("cpu") if self.ranks.kind == "fsdp" else self.device
+        model, initialised = self.start.build_model(self.spec.seed, place)
         model.backend, model.checkpoint_activations = self.backend, self.checkpoint_activations
         model.visual.requires_grad_(not self.spec.freeze_vision)
-        trainer = Trainer(model, schedule, self.spec.optimiser, run_digest=digest, switch=switch)
+        trainer = Trainer(model, schedule, self.spec.optimiser, run_digest=digest, switch=switch, ranks=self.ranks)
         trainer.restore(self.output / state)
         return trainer, initialised
 
     def _tell(self, step: int, label: str) -> None:
-        if self.on_progress:
+        if self.on_progress and self.ranks.is_main:
             total = self.spec.naming.num_steps + self.num_model_steps + (self.spec.blind_steps if self.has_blind else 0)
             self.on_progress(self.num_done + step + 1, total, label)
 
 
 @torch.no_grad()
-def validate(model: Photon, batches: Iterable[PackedBatch], stage: Stage) -> float:
-    """Share of questions whose every answer token is predicted right, pruned as in ``stage``, a batch at a time."""
-    device = model.model.embed_tokens.weight.device
+def validate(trainer: Trainer, batches: Sequence[Callable[[], TrainingBatch]], stage: Stage) -> float:
+    """Share of questions whose every answer token is predicted right, pruned as in ``stage``.
+
+    One batch at a time; the ranks of ``trainer``, which all have to call this, share them out.
+
+    Args:
+        batches: what makes each batch.
+    """
     mode: Mode = "full" if MODES[stage] == "full" else "hard"
-    all_right = []
-    for batch in (batch.to(device) for batch in batches):
-        output = model(batch, mode)
-        rows, targets, branch = objectives.answer_targets(batch)
-        is_right = model.logits(output.hidden[output.branch_rows[rows]]).argmax(-1) == targets
-        ones = torch.ones(len(batch.branch_lengths), device=device)
-        all_right.append(ones.scatter_reduce(0, branch, is_right.float(), "amin"))
-    return float(torch.cat(all_right).mean())
+    rank, size = trainer.ranks.rank, trainer.ranks.size
+    counts = torch.zeros(2)
+    for start in range(0, len(batches), size):
+        is_own = start + rank < len(batches)
+        # A rank that has run out takes part with the first batch again: shards are gathered by all together.
+        batch = batches[start + rank if is_own else 0]().batch.to(trainer.device)
+        counts += trainer.call(_num_right, batch, mode) * is_own
+    right, asked = trainer.ranks.total(counts)
+    return float(right / asked)
+
+
+def _num_right(model: Photon, batch: PackedBatch, mode: Mode) -> torch.Tensor:
+    """Questions answered rightly and questions asked: float32 [2] on the CPU."""
+    output = model(batch, mode)
+    rows, targets, branch = objectives.answer_targets(batch)
+    is_right = model.logits(output.hidden[output.branch_rows[rows]]).argmax(-1) == targets
+    all_right = torch.ones(len(batch.branch_lengths), device=branch.device)
+    all_right = all_right.scatter_reduce(0, branch, is_right.float(), "amin")
+    return torch.stack([all_right.sum(), torch.tensor(float(all_right.numel()), device=branch.device)]).cpu()
 
 
 def whole_draw(scan: LabelledScan) -> Draw:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from photon.errors import PhotonError
+from photon.training.parallel import own_part
 from photon.training.stages import Stage
 
 WINDOW = 10
@@ -29,14 +31,14 @@ def refuse_not_finite(name: str, value: Tensor | float, step: int, stage: Stage)
         raise PhotonError("TRAINING_DIVERGED", f"step {step}", fact, _REMEDY)
 
 
-def refuse_bad_weights(named: dict[str, Tensor], num_done: int) -> None:
-    """Stop before parameters that are not finite are written.
+def refuse_bad_weights(named: Iterable[tuple[str, Tensor]], num_done: int) -> None:
+    """Stop before parameters that are not finite, of which a rank looks at its own part, are written.
 
     Raises:
         PhotonError: ``TRAINING_DIVERGED``, naming the first.
     """
-    for name, tensor in named.items():
-        if not bool(torch.isfinite(tensor).all()):
+    for name, tensor in named:
+        if not bool(torch.isfinite(own_part(tensor.detach())).all()):
             fact = f"after {num_done} steps {name} is not finite."
             raise PhotonError("TRAINING_DIVERGED", f"step {num_done - 1}", fact, _REMEDY)
 

@@ -25,7 +25,7 @@ def naming(scans: Sequence[str], subject: str) -> Iterator[None]:
     try:
         yield
     except PhotonError as error:
-        raise PhotonError(error.code, error.subject + about, error.fact, error.remedy) from error
+        raise type(error)(error.code, error.subject + about, error.fact, error.remedy) from error
     except Exception as error:
         fact = " ".join(f"{type(error).__name__}: {error}".split())
         raise PhotonError("TRAINING_FAILED", subject + about, f"{fact}.", _REMEDY) from error

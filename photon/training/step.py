@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from photon import objectives
+from photon.config import PhotonConfig
 from photon.model.network import Photon
-from photon.model.packing import PackedBatch
+from photon.model.packing import Branch, Context, PackedBatch, pack_batch
 from photon.model.pruning import Mode, effective_mode
 from photon.ops.selection.op import Selection
 from photon.scheduling import Schedule
@@ -42,6 +43,21 @@ class TrainingBatch:
         return TrainingBatch(
             self.batch.to(device), self.is_perturbed.to(device), self.is_flipped.to(device), self.names
         )
+
+
+def stand_in(config: PhotonConfig, has_scan: bool) -> TrainingBatch:
+    """A question about a blank scan of one visual token, or about none: for a rank that has nothing else to do."""
+    merge = config.vision.spatial_merge_size
+    ids = torch.tensor([config.vision_start_token_id, config.video_token_id, config.vision_end_token_id])
+    context = Context(ids, torch.zeros(merge**2, config.vision.patch_voxels), ((1, merge, merge),))
+    if not has_scan:
+        context = Context(ids[:0], context.patches[:0], ())
+    asked = torch.full((3,), config.eos_token_id)
+    nothing = torch.zeros(1, dtype=torch.bool)
+    return TrainingBatch(pack_batch([context], [Branch(0, asked, asked)], config), nothing, nothing)
+
+
+NUM_SUMS = 9
 
 
 @dataclass(frozen=True)

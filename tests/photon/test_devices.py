@@ -32,7 +32,8 @@ from photon.model.pruning import Mode
 from photon.ops import compaction, saliency, schedule, selection
 from photon.sampling import Generated, Sampling
 from photon.testing import micro_config, micro_model, random_branch, random_context, training_batch
-from photon.training.loop import OptimiserConfig, StepReport, Trainer
+from photon.training.loop import StepReport, Trainer
+from photon.training.optimiser import OptimiserConfig
 from photon.training.perturb import KINDS, perturb
 from photon.training.pretrain import NamingBatch, NamingConfig, pretrain_vision
 from photon.training.stages import Stage, StageSchedule

@@ -15,7 +15,8 @@ from photon.model.network import Output, Photon
 from photon.model.pruning import Mode, decide
 from photon.ops.schedule.reference import describe, threshold
 from photon.testing import micro_config, micro_model, random_branch, random_context, training_batch
-from photon.training.loop import OptimiserConfig, StepReport, Trainer
+from photon.training.loop import StepReport, Trainer
+from photon.training.optimiser import OptimiserConfig
 from photon.training.stages import Stage, StageSchedule
 from photon.training.step import TrainingBatch, compute_loss
 

@@ -16,9 +16,11 @@ from photon.checkpoint import read_model
 from photon.config import POLICIES
 from photon.errors import PhotonError
 from photon.testing import micro_config, micro_model, random_branch, random_context, training_batch
-from photon.training.loop import OPTIMISER, PROGRESS, OptimiserConfig, StepReport, Trainer
+from photon.training.loop import StepReport, Trainer
+from photon.training.optimiser import OptimiserConfig
 from photon.training.perturb import KINDS, ODDS, draw_kind, perturb
 from photon.training.stages import StageSchedule, learning_rate_factor
+from photon.training.state import OPTIMISER, PROGRESS
 from photon.training.step import TrainingBatch, compute_loss
 
 SCHEDULE = StageSchedule(alignment=2, warm_up=2, soft=2, hard=3, flip_after=1)

@@ -11,7 +11,8 @@ import torch
 from photon.errors import PhotonError
 from photon.model.packing import Branch, Context
 from photon.testing import micro_config, micro_model, random_branch, random_context, training_batch
-from photon.training.loop import OptimiserConfig, StepReport, Trainer
+from photon.training.loop import StepReport, Trainer
+from photon.training.optimiser import OptimiserConfig
 from photon.training.stages import Stage, StageSchedule
 from photon.training.step import StepResult, TrainingBatch, compute_loss
 

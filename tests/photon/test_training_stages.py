@@ -11,8 +11,10 @@ import pytest
 
 from photon.errors import PhotonError
 from photon.testing import micro_config, micro_model, random_branch, random_context, training_batch
-from photon.training.loop import PROGRESS, OptimiserConfig, StepReport, Trainer
+from photon.training.loop import StepReport, Trainer
+from photon.training.optimiser import OptimiserConfig
 from photon.training.stages import Curriculum, Stage, StageSchedule, WarmUpSwitch, learning_rate_factor
+from photon.training.state import PROGRESS
 from photon.training.step import TrainingBatch
 
 PLAN = StageSchedule(alignment=2, warm_up=8, soft=3, hard=4, flip_after=1)
