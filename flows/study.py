@@ -12,7 +12,7 @@ settings.apply()
 from prefect import flow  # noqa: E402
 
 from flows.progress import show_progress  # noqa: E402
-from photon.training.loop import Precision  # noqa: E402
+from photon.training.optimiser import Precision  # noqa: E402
 from pipelines.study.run import run_preset  # noqa: E402
 
 

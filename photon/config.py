@@ -139,7 +139,8 @@ class PruningConfig:
     band_weight: float = 1.0
     """Weight of the keep band's penalty in the loss."""
     saliency_gradient: bool = False
-    """Whether the gradient of p also reaches the saliency, and through it queries and keys of the pruning layer."""
+    """Whether in the soft stage the gradient of p also reaches the saliency, and through it queries and keys of the
+    pruning layer."""
 
     @property
     def prunes(self) -> bool:

@@ -215,6 +215,7 @@ class Photon(nn.Module):
             context.layers[split - 1],
             batch.layout,
             self.model.predictor,
+            mode,
             blind=context.own_scores,
             backend=self.backend,
         )

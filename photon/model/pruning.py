@@ -74,6 +74,7 @@ def decide(
     shared: KeyValue,
     layout: Layout,
     predictor: ThresholdPredictor,
+    mode: Mode,
     *,
     blind: Tensor | None = None,
     backend: Backend,
@@ -82,6 +83,8 @@ def decide(
 
     Args:
         own, shared: what branch rows and context rows attended with at the pruning layer.
+        mode: what the decision is for; only "soft" has a gradient to the scores (``saliency_gradient``). The surrogate
+            gradient of "hard" is standardised to a direction, which moves one threshold well and many scores badly.
         blind: float32 [Tc] scores of the context rows that replace those by the question.
 
     Raises:
@@ -93,7 +96,7 @@ def decide(
     # Mixed precision would take the products of the scores and of the threshold network for ordinary ones.
     with torch.autocast(own.q.device.type, enabled=False):
         lengths, branch = layout.pair_lengths, layout.pair_branch
-        if predictor.config.saliency_gradient and torch.is_grad_enabled():
+        if predictor.config.saliency_gradient and mode == "soft" and torch.is_grad_enabled():
             _refuse_kernels(backend)
             u = differentiable_saliency(own.q, own.k, shared.k, layout)
             return predictor(u, lengths, branch, backend=backend).with_saliency_gradient(u, predictor.config)

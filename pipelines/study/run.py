@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from photon.device import choose_device
-from photon.training.loop import Precision
+from photon.training.optimiser import Precision
 from pipelines.results import Record
 from pipelines.stages import OnProgress, open_job
 from pipelines.study.data import prepare_data

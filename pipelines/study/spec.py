@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Self
 
 from photon.errors import PhotonError
-from photon.training.loop import OptimiserConfig, Precision
+from photon.training.optimiser import OptimiserConfig, Precision
 from photon.training.pretrain import NamingConfig
 from photon.training.stages import StageSchedule, WarmUpSwitch
 from pipelines.dataset import Draw

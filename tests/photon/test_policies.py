@@ -456,17 +456,14 @@ def test_soft_gradients_are_those_of_the_loss() -> None:
         assert of_off != pytest.approx(expected, rel=2e-2)
 
 
-def test_hard_gradients_reach_the_scores_too_and_change_no_number() -> None:
+def test_hard_gradients_never_reach_the_scores() -> None:
+    """The surrogate is a direction for the threshold; a soft step moves the scores, a hard one does not."""
     (off, off_config), (on, config) = twins()
     before, after = (gradients(model, c, "hard") for model, c in ((off, off_config), (on, config)))
     assert torch.equal(before[0].loss, after[0].loss) and before[0].kept_fraction == after[0].kept_fraction
-    changed = {name for name in after[1] if not torch.equal(after[1][name], before[1][name])}
-    assert {f"model.layers.1.self_attn.{name}_proj.weight" for name in "qk"} <= changed
-    after_pruning = ("model.layers.2", "model.layers.3", "model.layers.4", "model.norm", "model.layers.1.atp")
-    assert not any(name.startswith(after_pruning) for name in changed)
-    for model, c in ((off, off_config), (on, config)):
-        with torch.no_grad():
-            assert float(step(model, c, "hard").loss) == float(after[0].loss.detach())
+    assert all(torch.equal(after[1][name], before[1][name]) for name in after[1])
+    soft = gradients(on, config, "soft")[1], gradients(off, off_config, "soft")[1]
+    assert not torch.equal(*(found["model.layers.1.self_attn.q_proj.weight"] for found in soft))
 
 
 def test_disturbed_branches_do_not_move_the_scores() -> None:
@@ -493,5 +490,5 @@ def test_kernels_refuse_a_gradient_that_they_do_not_have() -> None:
     model = micro_model(config)
     model.backend = "triton"
     with pytest.raises(PhotonError, match="saliency_gradient") as caught:
-        step(model, config, "hard")
+        step(model, config, "soft")
     assert caught.value.code == "BACKEND_UNAVAILABLE"

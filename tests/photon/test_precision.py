@@ -94,7 +94,7 @@ def test_scores_and_thresholds_are_computed_in_float32(is_mixed: bool) -> None:
     with torch.no_grad():
         shared, own = (type(state)(*(x.float() for x in state)) for state in (shared, own))
         predictor = wide.model.predictor
-        again = decide(own, shared, item().batch.layout, predictor, backend="reference")
+        again = decide(own, shared, item().batch.layout, predictor, "hard", backend="reference")
         theta = threshold(describe(again.u, again.rho, again.valid), predictor.weights, CONFIG.pruning.threshold_scale)
     assert torch.equal(output.schedule.u, again.u) and torch.equal(output.schedule.p, again.p)
     assert torch.equal(output.schedule.theta, theta)
