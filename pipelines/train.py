@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from photon.checkpoint import replace_folder, write_model
+from photon.checkpoint import remove_leftovers, replace_folder, write_model
 from photon.device import choose_device
 from photon.errors import PhotonError
 from photon.ops.backend import Backend, resolve
@@ -86,6 +86,8 @@ def train(
             if ranks.is_main:
                 prepare_output_folder(output)
                 held.enter_context(lock_output(output))
+                for name in ("state", "blind_state", "checkpoint", "blind"):
+                    remove_leftovers(output / name)
                 for note in take_notes(notes):
                     _LOG.warning("The run before this one was killed: %s.", note)
         tracker = tracker if tracker is not None and ranks.is_main else NullTracker()
