@@ -68,6 +68,12 @@ def settle_folder(target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_leftovers(target: Path) -> None:
+    """Remove what killed writers of ``target`` left beside it; only for those who know that nobody writes it now."""
+    for path in target.parent.glob(f".{target.name}.*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def save_tensors(tensors: Mapping[str, Tensor], target: Path) -> None:
     """Write named tensors as one safetensors file."""
     on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}

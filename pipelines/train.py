@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from photon.checkpoint import replace_folder, write_model
+from photon.checkpoint import remove_leftovers, replace_folder, write_model
 from photon.device import choose_device
 from photon.errors import PhotonError
 from photon.ops.backend import Backend, resolve
 from photon.training.launch import join
 from photon.training.loop import Trainer
 from photon.training.parallel import Kind
+from photon.training.state import OPTIMISER, PROGRESS
 from photon.training.working import take_notes
 from pipelines.dataset import LabelledScan, read_split
 from pipelines.files import lock_output, prepare_output_folder, write_json
@@ -30,6 +32,8 @@ from pipelines.train_spec import TrainSpec
 
 PROVENANCE = "provenance.json"
 TRAINING = "training.json"
+LAST_GOOD = "last_good"
+"""Checkpoint beside the state of a run whose loss went wrong."""
 _LOG = logging.getLogger("photon")
 
 
@@ -53,7 +57,8 @@ def train(
     Writes ``checkpoint/`` and ``blind/`` (weights, config.json, tokenizer.json, prompt.json, provenance.json; the
     first also training.json, the stages as they came and what ended the warm-up),
     ``history.jsonl`` with one row a step (the first names what a checkpoint to start from did not have), the resumable
-    ``state/`` and ``blind_state/``, and ``record.json``.
+    ``state/`` and ``blind_state/``, and ``record.json``. A run whose loss goes wrong stops and leaves ``last_good/``, a
+    checkpoint of the last state that was still well.
 
     Args:
         data: folder with ``volumes/`` and ``questions.jsonl``.
@@ -86,6 +91,8 @@ def train(
             if ranks.is_main:
                 prepare_output_folder(output)
                 held.enter_context(lock_output(output))
+                for name in ("state", "blind_state", "checkpoint", "blind", LAST_GOOD):
+                    remove_leftovers(output / name)
                 for note in take_notes(notes):
                     _LOG.warning("The run before this one was killed: %s.", note)
         tracker = tracker if tracker is not None and ranks.is_main else NullTracker()
@@ -115,10 +122,17 @@ def train(
         if switch is not None and is_blind_first:
             blind = run.train_blind()
             switch = run.measured(switch, blind)
-        model = run.train_model(switch)
+        origin = {"volume_spec": scans[0].volume.spec.as_dict(), "data_version": data_version}
+        try:
+            model = run.train_model(switch)
+        except PhotonError as error:
+            if error.code != "TRAINING_DIVERGED" or not (output / "state" / PROGRESS).is_file():
+                raise
+            if ranks.is_main:
+                _write_last_good(output, start.prompter, origin)
+            raise _with_remedy(error, output) from error
         if train_blind and blind is None:
             blind = run.train_blind()
-        origin = {"volume_spec": scans[0].volume.spec.as_dict(), "data_version": data_version}
         told = model.curriculum.told(model.num_steps_done)
         _write_checkpoint(model, start.prompter, output / "checkpoint", {PROVENANCE: origin, TRAINING: told})
         if blind is not None:
@@ -151,6 +165,27 @@ def _start(spec: TrainSpec, scans: Sequence[LabelledScan], start_from: Path | No
         fact = f"{', '.join(spec.model)} cannot be other than the checkpoint's."
         raise PhotonError("TRAINING_INVALID", start_from, fact, "Leave it out, or train from scratch.")
     return start_from_checkpoint(start_from, texts).with_pruning(spec.pruning)
+
+
+def _write_last_good(output: Path, prompter: Prompter, origin: dict[str, Any]) -> None:
+    """A checkpoint of the last state, whose weights are from before the loss went wrong."""
+
+    def build(temporary: Path) -> None:
+        for path in (output / "state").iterdir():
+            if path.name not in (OPTIMISER, PROGRESS):
+                shutil.copy(path, temporary / path.name)
+        prompter.write(temporary / TOKENIZER)
+        write_json(temporary / PROVENANCE, origin)
+
+    replace_folder(output / LAST_GOOD, build)
+
+
+def _with_remedy(error: PhotonError, output: Path) -> PhotonError:
+    remedy = (
+        f"The weights from before are in {output / LAST_GOOD}: go on from them by --start-from with a lower "
+        "--learning-rate and another --output, or start anew with one."
+    )
+    return type(error)(error.code, error.subject, error.fact, remedy)
 
 
 def _write_checkpoint(trainer: Trainer, prompter: Prompter, folder: Path, told: dict[str, dict[str, Any]]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from photon.training.loop import StepReport
@@ -23,6 +25,15 @@ def history_row(report: StepReport) -> dict[str, float | int | str]:
         "grad_norm": report.grad_norm,
         "elapsed_s": report.elapsed_s,
     }
+
+
+def append_row(path: Path, row: Mapping[str, float | int | str], *, is_forced: bool) -> None:
+    """Add a row; with ``is_forced`` it is on the disk afterwards, as a state that follows it will be."""
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")
+        if is_forced:
+            stream.flush()
+            os.fsync(stream.fileno())
 
 
 def read_history(path: Path) -> list[dict[str, float]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,7 +27,7 @@ from photon.training.working import write_note
 from pipelines.dataset import BatchSource, Draw, LabelledScan, NamingSource
 from pipelines.start import Start
 from pipelines.tracking import Tracker
-from pipelines.train_history import history_row, truncate_history
+from pipelines.train_history import append_row, history_row, truncate_history
 from pipelines.train_spec import TrainSpec
 
 Progress = Callable[[int, int, str], None]
@@ -102,8 +101,7 @@ class TrainRun:
                     row["evidence"] = verdict
                     self._tell_verdict(verdict, trainer.curriculum, report.step + 1)
             if self.ranks.is_main:
-                with self.history.open("a", encoding="utf-8") as stream:
-                    stream.write(json.dumps(row) + "\n")
+                append_row(self.history, row, is_forced=(report.step + 1) % self.spec.save_every == 0)
             self.num_model_steps = trainer.schedule.num_steps
             self._tell(report.step, f"{report.stage}, loss {report.result.answer_loss:.2f}")
 

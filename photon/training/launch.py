@@ -25,7 +25,7 @@ from photon.training.working import read_note, remove_note, told
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LONGEST_WAIT = timedelta(hours=2)
 """For the others, while one rank writes or reads."""
-_GRACE_S = 3.0
+_GRACE_S = 1.5
 """How long a rank whose connection broke looks for the reason."""
 
 

@@ -41,10 +41,12 @@ def told(note: dict[str, Any] | None) -> str:
 
 
 def remove_note(folder: Path, rank: int) -> None:
-    """Forget the note of a rank that ends by itself, and the folder after the last."""
-    _path(folder, rank).unlink(missing_ok=True)
-    with suppress(OSError):
-        folder.rmdir()
+    """Forget this process's note, as it ends by itself, and the folder after the last."""
+    note = read_note(folder, rank)
+    if note is not None and note.get("pid") == os.getpid():
+        with suppress(OSError):
+            _path(folder, rank).unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def take_notes(folder: Path) -> list[str]:
