@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -98,12 +99,20 @@ def _time_on_cpu(function: Callable[[], object]) -> float:
     return 1000 * (time.perf_counter() - started)
 
 
-def save_results(name: str, content: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Write ``<name>.json`` with provenance."""
+_INNERMOST = (re.compile(r"\[[^\[\]{}]*\]"), re.compile(r"\{[^{}]*\}"))
+"""Lists, and then objects, that hold no objects."""
+
+
+def save_results(name: str, content: dict[str, Any], folder: Path = RESULTS, *, is_compact: bool = False) -> Path:
+    """Write ``<name>.json`` with provenance; compact, lists and objects that hold no objects take one line each."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{name}.json"
     temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**provenance(), **content}, indent=1, sort_keys=True) + "\n")
+    text = json.dumps({**provenance(), **content}, indent=1, sort_keys=True)
+    if is_compact:
+        for innermost in _INNERMOST:
+            text = innermost.sub(lambda found: re.sub(r"\s*\n\s*", " ", found.group()), text)
+    temporary.write_text(text + "\n")
     temporary.replace(target)
     return target
 

@@ -23,7 +23,7 @@ def main() -> None:
     content = json.loads((study / "study.json").read_text(encoding="utf-8"))
     target = Path(sys.argv[2]) if len(sys.argv) > 2 else RESULTS / f"study_{content['study']}.json"
     trained = {"trained_by": {"code_version": content.pop("code_version"), "environment": content.pop("environment")}}
-    written = save_results(target.stem, rounded({**content, **trained}), target.parent)
+    written = save_results(target.stem, rounded({**content, **trained}), target.parent, is_compact=True)
     header, rows = table_of(content)
     print(written, "\t".join(header), *("\t".join(row) for row in rows), sep="\n")
 
