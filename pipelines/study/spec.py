@@ -52,7 +52,7 @@ LENGTHS = {
         naming=2000, blind=500, warm_up=4000, soft=500, hard=2000, flip_after=500, alignment=200, validate_every=200
     ),
     "real": Lengths(
-        naming=600, blind=200, warm_up=800, soft=80, hard=320, flip_after=100, alignment=40, validate_every=50
+        naming=200, blind=80, warm_up=200, soft=40, hard=80, flip_after=30, alignment=20, validate_every=20
     ),
 }
 """The one table of lengths. The ablations take those of "small"."""
