@@ -107,7 +107,9 @@ def write(folder: Path, name: str, trainer: Trainer, losses: list[float]) -> Non
 def scenario(name: str, ranks: Ranks, folder: Path) -> None:
     """Do what a test asks for, by name: ``<kind> <what>``."""
     what = name.partition(" ")[2]
-    if what == "resumed":
+    if what == "left":
+        run(ranks, folder / name, stop=5)
+    elif what == "resumed":
         run(ranks, folder / name, stop=5)
         write(folder, name, *run(ranks, folder / name))
     elif what in ("even", "one has nothing", "accumulated", "text"):

@@ -27,6 +27,8 @@ from photon.training.working import read_note, take_notes, told, write_note
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 TRAINED = ("ddp accumulated", "fsdp one has nothing", "fsdp text", "ddp resumed", "fsdp resumed")
+LEFT = "fsdp left"
+"""Stopped in its sixth step, and left for a process of its own."""
 FAILED = ("ddp fails cannot read", "fsdp fails diverges", "fsdp fails cannot compute")
 """The last is noticed by the other rank only when the process that failed has ended."""
 ATOL = 1e-6
@@ -63,7 +65,7 @@ def launch(folder: Path, names: Sequence[str]) -> list[int]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    assert launch(folder, TRAINED) == [0, 0]
+    assert launch(folder, [*TRAINED, LEFT]) == [0, 0]
     assert not list(folder.glob("*.error"))
     return folder
 
@@ -102,6 +104,16 @@ def test_the_test_could_tell(alone: dict[str, tuple[list[float], dict[str, Tenso
     assert min(value for name, value in moved.items() if "predictor" in name) > 100 * ATOL
     trainer = Trainer(micro_model(module.CONFIG), module.SCHEDULE, module.RATES, run_digest="run")
     assert trainer._gradient([module.pack(0, range(4))], 1).grad_norm > module.RATES.max_grad_norm
+
+
+def test_one_process_goes_on_where_two_stopped(
+    trained: Path, alone: dict[str, tuple[list[float], dict[str, Tensor]]]
+) -> None:
+    trainer, losses = worker().run(ALONE, trained / LEFT)
+    expected_losses, expected = alone["even"]
+    assert len(losses) == 5 and losses == pytest.approx(expected_losses[-5:], rel=2e-6)
+    for name, weight in trainer.model.named_parameters():
+        torch.testing.assert_close(weight.detach(), expected[name], rtol=0, atol=ATOL, msg=name)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
