@@ -125,6 +125,8 @@ class TrainSpec:
             for name, value in dataclasses.asdict(self).items()
             if name not in later or later[name] != _LATER[name]
         }
+        if self.naming.largest_positive_weight == NamingConfig.largest_positive_weight:
+            del content["naming"]["largest_positive_weight"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -112,7 +112,8 @@ def test_torch_gives_the_bytes_of_plain_numpy(kind: str, device: str) -> None:
 
 def test_volumes_of_today_are_those_of_yesterday() -> None:
     # Digests of specs and voxels as of the first version; numbers without sine and cosine, equal on every machine.
-    assert {name: spec.digest() for name, spec in VOLUME_SPECS.items()} == {
+    digests_of_specs = {name: spec.digest() for name, spec in VOLUME_SPECS.items() if not name.startswith("vqa-")}
+    assert digests_of_specs == {
         "demo": "2b431e00830f",
         "smoke": "95810d965f6c",
         "iso1mm": "8dd0b0096cd1",
