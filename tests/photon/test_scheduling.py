@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from photon.config import PruningConfig
 from photon.model.pruning import kept_tokens
+from photon.ops.layout import Layout
+from photon.ops.saliency.op import differentiable_saliency, saliency
 from photon.ops.saliency.reference import question_vector, scores
 from photon.ops.schedule.reference import describe, highest, normalise, threshold
 from photon.scheduling import Schedule, ThresholdPredictor
@@ -105,9 +107,11 @@ def test_a_question_of_no_width_gives_zero() -> None:
 
 
 def test_scores_carry_no_gradient() -> None:
-    q, k = torch.randn(1, 3, 4, 8, requires_grad=True), torch.randn(1, 3, 2, 8, requires_grad=True)
-    z = question_vector(q, k, torch.ones(1, 3, dtype=torch.bool))
-    assert not z.requires_grad and not scores(z, torch.randn(5, 2, 8, requires_grad=True)).requires_grad
+    """Of the operator; its formulas have one, for who asks for it (``saliency_gradient``)."""
+    q, k = torch.randn(3, 4, 8, requires_grad=True), torch.randn(3, 2, 8, requires_grad=True)
+    keys, layout = torch.randn(5, 2, 8, requires_grad=True), Layout.build([5], [[(1, 3)]], [3], [2], [0])
+    assert not saliency(q, k, keys, layout).requires_grad
+    assert differentiable_saliency(q, k, keys, layout).requires_grad
 
 
 @pytest.mark.parametrize("counts", [(9, 4, 1), (2, 3, 50)])
