@@ -66,11 +66,14 @@ def join(kind: Kind | None, device: torch.device, notes: Path) -> Iterator[Ranks
     store.set(f"photon/process/{rank}", f"{socket.gethostname()} {os.getpid()}")
     dist.barrier()
     processes = [store.get(f"photon/process/{other}").decode() for other in range(size)]
+    before = _on_sigterm(_end)
     try:
-        with _ending_on_sigterm():
-            yield Ranks(rank=rank, size=size, kind=kind, device=own)
+        yield Ranks(rank=rank, size=size, kind=kind, device=own)
         remove_note(notes, rank)
+        _on_sigterm(before)
     except BaseException as error:
+        # For good: torchrun ends the ranks that are left, and this one has yet to find and tell the reason.
+        _on_sigterm(signal.SIG_IGN)
         reason = _reason(error, store, rank, processes, notes)
         remove_note(notes, rank)
         if own.type == "cuda":
@@ -87,22 +90,16 @@ class Terminated(BaseException):
     """SIGTERM: torchrun ends the ranks that are left when one has ended."""
 
 
-@contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _end(number: int, frame: FrameType | None) -> None:
+    _on_sigterm(signal.SIG_IGN)
+    raise Terminated
 
-    def end(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what follows looks for the reason and takes a moment
-        raise Terminated
 
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGTERM) is end:
-            signal.signal(signal.SIGTERM, before)
+def _on_sigterm(handler: Any) -> Any:
+    """Set what SIGTERM does, where a thread may, and return what it did."""
+    if threading.current_thread() is threading.main_thread():
+        return signal.signal(signal.SIGTERM, handler)
+    return None
 
 
 def _own_device(device: torch.device) -> torch.device:
