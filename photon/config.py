@@ -141,6 +141,9 @@ class PruningConfig:
     saliency_gradient: bool = False
     """Whether in the soft stage the gradient of p also reaches the saliency, and through it queries and keys of the
     pruning layer."""
+    distillation_weight: float = 0.0
+    """Weight of the distillation of attention: in training the saliency of each question learns to foretell where the
+    later layers look when they answer it. 0: as published, nothing teaches it."""
 
     @property
     def prunes(self) -> bool:
@@ -329,7 +332,7 @@ class PhotonConfig:
 _LATER = {
     field.name: field.default
     for field in dataclasses.fields(PruningConfig)
-    if field.name in ("policy", "keep_ratio", "band_weight", "saliency_gradient")
+    if field.name in ("policy", "keep_ratio", "band_weight", "saliency_gradient", "distillation_weight")
 }
 """Pruning settings that are written only where they are not as ever, with their defaults."""
 

@@ -53,3 +53,20 @@ def keep_band_loss(decision: Schedule, band: tuple[float, float]) -> Tensor:
     mean = torch.where(decision.valid, decision.p, 0.0).sum(-1) / count.clamp_min(1)
     outside = (low - mean).clamp_min(0.0) + (mean - high).clamp_min(0.0)
     return torch.where(count > 0, outside, 0.0)
+
+
+def distillation_loss(u: Tensor, attended: Tensor, counted: Tensor) -> Tensor:
+    """Distillation of attention: how far softmax(u) is from where later layers look, float32 [S].
+
+    The Kullback-Leibler divergence of the attention, as shares of what each volume got, from the scores' softmax.
+
+    Args:
+        u: [S, N] raw scores.
+        attended: [S, N] attention to each token, from 0, without gradient.
+        counted: bool [S, N] tokens that could be looked at; a volume without one counts 0.
+    """
+    counted = counted & u.detach().isfinite() & attended.isfinite()
+    seen = torch.where(counted, attended, 0.0)
+    share = seen / seen.sum(-1, keepdim=True).clamp_min(1e-20)
+    log_p = torch.where(counted, u, -1e30).log_softmax(-1)
+    return torch.where(counted, torch.xlogy(share, share) - share * log_p, 0.0).sum(-1)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from photon.config import PhotonConfig
 from photon.errors import PhotonError
+from photon.model.attended import Sight
 from photon.model.attention import Attention, RaggedAttention, starts_of
 from photon.model.contexts import visual_tokens
 from photon.model.decoder import Decoder, KeyValue, QueryKeyValue, SelfAttention
@@ -54,6 +55,8 @@ class Output:
         layer_lengths: rows of each branch in `layers`; None unless asked.
         context: the encoded contexts.
         pruning_layer: branch rows' output [Tb, D] and attention state at the pruning layer.
+        attended: float32 [S, N] attention of the rows that answer to each visual token, summed over the layers after
+            the pruning layer, their heads and rows, without gradient; None unless asked.
     """
 
     hidden: Tensor
@@ -64,6 +67,7 @@ class Output:
     layer_lengths: tuple[int, ...] | None
     context: EncodedRows
     pruning_layer: tuple[Tensor, QueryKeyValue]
+    attended: Tensor | None = None
 
 
 class Photon(nn.Module):
@@ -139,6 +143,7 @@ class Photon(nn.Module):
         detach: Tensor | None = None,
         keep: Tensor | None = None,
         with_layers: bool = False,
+        with_attention: bool = False,
     ) -> Output:
         """Encode the contexts of a batch and run its branches.
 
@@ -152,6 +157,7 @@ class Photon(nn.Module):
             keep: bool [B, N] visual tokens that go on whatever the policy says, "hard" only; see
                 :func:`photon.model.pruning.forced`.
             with_layers: also return every layer's keys and values of the rows that stay, for generation.
+            with_attention: also return where the later layers look, and scores that have a gradient.
 
         Raises:
             PhotonError: ``PROMPT_INVALID`` when the keep flags do not fit the batch, ``GENERATION_INVALID`` when there
@@ -159,7 +165,16 @@ class Photon(nn.Module):
         """
         is_full = keep is None and effective_mode(mode, self.config.pruning) == "full"
         state = self.encode_contexts(batch, self.config.num_hidden_layers if is_full else self.config.pruning.layer + 1)
-        return self.run_branches(batch, state, mode, flip=flip, detach=detach, keep=keep, with_layers=with_layers)
+        return self.run_branches(
+            batch,
+            state,
+            mode,
+            flip=flip,
+            detach=detach,
+            keep=keep,
+            with_layers=with_layers,
+            with_attention=with_attention,
+        )
 
     def encode_contexts(self, batch: PackedBatch, num_layers: int) -> EncodedRows:
         """Vision tower, unless the batch is encoded, and the first ``num_layers`` decoder layers over the contexts."""
@@ -193,6 +208,7 @@ class Photon(nn.Module):
         detach: Tensor | None = None,
         keep: Tensor | None = None,
         with_layers: bool = False,
+        with_attention: bool = False,
     ) -> Output:
         """Run the branches of a batch against contexts encoded as far as the pruning layer; see :meth:`forward`."""
         if keep is None:
@@ -217,6 +233,7 @@ class Photon(nn.Module):
             self.model.predictor,
             mode,
             blind=context.own_scores,
+            with_gradient=with_attention,
             backend=self.backend,
         )
         if keep is not None:
@@ -224,13 +241,18 @@ class Photon(nn.Module):
 
         if mode == "full":
             context = self._finished(context, batch)
+            sight = Sight.shared(batch.layout, batch.context_ids.shape[0]) if with_attention else None
+            attended = None
             for layer, shared in zip(self.model.layers[split:], context.layers[split:], strict=True):
                 x, state = self._run(layer, x, table, _after(shared, attend))
+                if sight is not None:
+                    found = sight.attention(state.q, torch.cat([shared.k, state.k]))
+                    attended = found if attended is None else attended + found
                 if with_layers:
                     own.append(state.kept)
             rows = torch.arange(x.shape[0], device=x.device)
             if not with_layers:
-                return Output(x, rows, decision, None, None, None, context, at_pruning)
+                return Output(x, rows, decision, None, None, None, context, at_pruning, attended)
             everything = select_rows(kept_tokens(decision, mode, None), batch.layout, backend=self.backend)
             layers = take_layers(context.layers, own, everything.rows, backend=self.backend)
             return Output(x, rows, decision, None, layers, everything.host_lengths, context, at_pruning)
@@ -246,23 +268,27 @@ class Photon(nn.Module):
             rule=self.config.pruning.sgp_rule,
             backend=self.backend,
         )
-        x, late = self._run_pruned(pruned, selection.host_lengths, with_layers=with_layers)
+        sight = Sight.pruned(batch.layout, selection) if with_attention else None
+        x, late, attended = self._run_pruned(pruned, selection.host_lengths, with_layers=with_layers, sight=sight)
         if not with_layers:
-            return Output(x, selection.branch_rows, decision, selection, None, None, context, at_pruning)
+            return Output(x, selection.branch_rows, decision, selection, None, None, context, at_pruning, attended)
         layers, lengths = (*pruned.layers, *late), selection.host_lengths
         return Output(x, selection.branch_rows, decision, selection, layers, lengths, context, at_pruning)
 
     def _run_pruned(
-        self, pruned: EncodedRows, lengths: Sequence[int], *, with_layers: bool
-    ) -> tuple[Tensor, list[KeyValue]]:
+        self, pruned: EncodedRows, lengths: Sequence[int], *, with_layers: bool, sight: Sight | None
+    ) -> tuple[Tensor, list[KeyValue], Tensor | None]:
         x = pruned.hidden
         attend = RaggedAttention.build(lengths, device=x.device, is_causal=True)
-        states = []
+        states, attended = [], None
         for layer in self.model.layers[self.config.pruning.layer + 1 :]:
             x, state = self._run(layer, x, pruned.table, attend)
             if with_layers:
                 states.append(state.kept)
-        return x, states
+            if sight is not None:
+                found = sight.attention(state.q, state.k)
+                attended = found if attended is None else attended + found
+        return x, states, attended
 
     def _finished(self, context: EncodedRows, batch: PackedBatch) -> EncodedRows:
         """Contexts through the last layer, where they were encoded to the pruning layer only."""

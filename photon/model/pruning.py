@@ -77,6 +77,7 @@ def decide(
     mode: Mode,
     *,
     blind: Tensor | None = None,
+    with_gradient: bool = False,
     backend: Backend,
 ) -> Schedule | None:
     """Score the visual tokens of every question and decide by the policy; None when there is no visual token.
@@ -96,17 +97,19 @@ def decide(
     # Mixed precision would take the products of the scores and of the threshold network for ordinary ones.
     with torch.autocast(own.q.device.type, enabled=False):
         lengths, branch = layout.pair_lengths, layout.pair_branch
-        if predictor.config.saliency_gradient and mode == "soft" and torch.is_grad_enabled():
+        reaches_scores = predictor.config.saliency_gradient and mode == "soft"
+        if (reaches_scores or with_gradient) and torch.is_grad_enabled():
             _refuse_kernels(backend)
             u = differentiable_saliency(own.q, own.k, shared.k, layout)
-            return predictor(u, lengths, branch, backend=backend).with_saliency_gradient(u, predictor.config)
+            decision = replace(predictor(u, lengths, branch, backend=backend), u=u)
+            return decision.with_saliency_gradient(u, predictor.config) if reaches_scores else decision
         if blind is None:
             u = saliency(own.q, own.k, shared.k, layout, backend=backend)
         else:
             u = _of_pairs(blind, layout)
         if predictor.config.policy != "photon":
             return ranked(u, lengths, branch, predictor.config)
-        decision: Schedule = predictor(u, lengths, branch, backend=backend)
+        decision = predictor(u, lengths, branch, backend=backend)
     return decision
 
 

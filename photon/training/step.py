@@ -127,7 +127,8 @@ def compute_loss(model: Photon, item: TrainingBatch, stage: Stage) -> StepResult
     is_flipped = item.is_flipped if pruning.prunes else torch.zeros_like(item.is_flipped)
     is_disturbed = item.is_perturbed | is_flipped
     flip = is_flipped if mode == "hard" else None
-    output = model(batch, mode, flip=flip, detach=is_disturbed)
+    is_distilled = pruning.distillation_weight > 0 and pruning.policy == "photon"
+    output = model(batch, mode, flip=flip, detach=is_disturbed, with_attention=is_distilled)
 
     rows, targets, branch = objectives.answer_targets(batch)
     logits = model.logits(output.hidden[output.branch_rows[rows]]).float()
@@ -144,6 +145,14 @@ def compute_loss(model: Photon, item: TrainingBatch, stage: Stage) -> StepResult
         of_branch = objectives.mean_by_branch(outside, output.schedule.branch, num_branches)
         band = torch.where(is_disturbed, 0.0, of_branch).mean()
         loss = loss + pruning.band_weight * band
+    if output.attended is not None and output.schedule is not None:
+        schedule = output.schedule
+        apart = objectives.distillation_loss(
+            schedule.u, output.attended, schedule.keep if mode == "hard" else schedule.valid
+        )
+        of_branch = objectives.mean_by_branch(apart, schedule.branch, num_branches)
+        distillation = torch.where(is_disturbed, 0.0, of_branch).mean()
+        loss = loss + pruning.distillation_weight * distillation
     is_plain = ~is_disturbed[branch]
     hits = (logits.argmax(-1) == targets)[is_plain].float()
     return StepResult(
