@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from photon.model.attention import padded_rows
+from photon.model.attention import padded_rows, starts_of
 from photon.ops.layout import Layout
 from photon.ops.selection.op import Selection
 
@@ -34,8 +34,8 @@ class Sight:
     shape: tuple[int, int]
 
     @classmethod
-    def shared(cls, layout: Layout, num_context_rows: int) -> Sight:
-        """Of branches before their context; key rows are those of all contexts, then those of all branches."""
+    def shared(cls, looking: Tensor, layout: Layout, num_context_rows: int) -> Sight:
+        """Of branches behind a shared context; key rows are those of all contexts, then those of all branches."""
         own, context = layout.own_lengths, layout.context_lengths
         device = own.device
         span = torch.arange(int((own + context).max()), device=device)
@@ -47,36 +47,47 @@ class Sight:
         # Slots of a context are counted through its own part of a table.
         slots = torch.where(is_context, layout.context_slots[within], -1)
         slots = torch.where(slots >= 0, slots + layout.first_pairs[:, None] * layout.num_columns, -1)
-        return cls._answering(layout, layout.own_starts, context, keys, is_real, slots)
+        return cls._of(looking, layout, layout.own_starts, context, keys, is_real, slots)
 
     @classmethod
-    def pruned(cls, layout: Layout, selection: Selection) -> Sight:
-        """Of branches after pruning, each before rows of its own."""
+    def pruned(cls, looking: Tensor, layout: Layout, selection: Selection) -> Sight:
+        """Of branches after pruning, each behind rows that nobody shares."""
         lengths = list(selection.host_lengths)
         ends = selection.lengths.cumsum(0)
         starts = ends - selection.lengths
-        keys, is_real = padded_rows((starts).tolist(), lengths, starts.device)
+        keys, is_real = padded_rows(starts_of(lengths), lengths, starts.device)
         slots = torch.where(is_real, selection.slots[keys], -1)
-        return cls._answering(layout, ends - layout.own_lengths, ends - layout.own_lengths - starts, keys, is_real, slots)
+        own_starts = ends - layout.own_lengths
+        return cls._of(looking, layout, own_starts, own_starts - starts, keys, is_real, slots)
 
     @classmethod
-    def _answering(
-        cls, layout: Layout, own_starts: Tensor, before: Tensor, keys: Tensor, is_real: Tensor, slots: Tensor
+    def _of(
+        cls,
+        looking: Tensor,
+        layout: Layout,
+        own_starts: Tensor,
+        before: Tensor,
+        keys: Tensor,
+        is_real: Tensor,
+        slots: Tensor,
     ) -> Sight:
-        """Rows that answer look: those after the question, but for the last, which foretells nothing.
+        """Lay out the rows that look.
 
         Args:
-            own_starts: [B] first own row of each branch; before: [B] rows in sight before that.
+            looking: bool [Tb] branch rows that look.
+            own_starts: [B] query row of each branch's first own row; before: [B] rows in its sight before that one.
         """
-        counts = (layout.own_lengths - layout.question_lengths - 1).clamp_min(0)
-        place = torch.arange(int(counts.max()), device=counts.device)
-        looks = place < counts[:, None]
-        within = torch.where(looks, layout.question_lengths[:, None] + place, 0)
-        last_seen = before[:, None] + within
-        span = torch.arange(keys.shape[1], device=counts.device)
-        seen = (span <= last_seen[:, :, None]) & is_real[:, None]
-        shape = layout.num_pairs, layout.num_columns
-        return cls(own_starts[:, None] + within, looks, keys, seen, slots, shape)
+        own = layout.own_lengths
+        place = torch.arange(int(own.max()), device=own.device)
+        is_own = place < own[:, None]
+        looks = is_own & looking[torch.where(is_own, layout.own_starts[:, None] + place, 0)]
+        # Questions come first and hardly ever look: start where the first branch does.
+        first = int(torch.where(looks.any(0), place, place.shape[0] - 1).min())
+        place, looks, is_own = place[first:], looks[:, first:], is_own[:, first:]
+        rows = own_starts[:, None] + torch.where(is_own, place, 0)
+        span = torch.arange(keys.shape[1], device=own.device)
+        seen = (span <= (before[:, None] + place)[:, :, None]) & is_real[:, None]
+        return cls(rows, looks, keys, seen, slots, (layout.num_pairs, layout.num_columns))
 
     @torch.no_grad()
     def attention(self, q: Tensor, k: Tensor) -> Tensor:

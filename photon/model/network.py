@@ -55,8 +55,8 @@ class Output:
         layer_lengths: rows of each branch in `layers`; None unless asked.
         context: the encoded contexts.
         pruning_layer: branch rows' output [Tb, D] and attention state at the pruning layer.
-        attended: float32 [S, N] attention of the rows that answer to each visual token, summed over the layers after
-            the pruning layer, their heads and rows, without gradient; None unless asked.
+        attended: float32 [S, N] attention of the rows that look to each visual token, summed over the layers after the
+            pruning layer, heads and rows, without gradient; None unless asked.
     """
 
     hidden: Tensor
@@ -143,7 +143,7 @@ class Photon(nn.Module):
         detach: Tensor | None = None,
         keep: Tensor | None = None,
         with_layers: bool = False,
-        with_attention: bool = False,
+        looking: Tensor | None = None,
     ) -> Output:
         """Encode the contexts of a batch and run its branches.
 
@@ -157,7 +157,8 @@ class Photon(nn.Module):
             keep: bool [B, N] visual tokens that go on whatever the policy says, "hard" only; see
                 :func:`photon.model.pruning.forced`.
             with_layers: also return every layer's keys and values of the rows that stay, for generation.
-            with_attention: also return where the later layers look, and scores that have a gradient.
+            looking: bool [Tb] branch rows whose attention after the pruning layer is also returned, with scores that
+                have a gradient.
 
         Raises:
             PhotonError: ``PROMPT_INVALID`` when the keep flags do not fit the batch, ``GENERATION_INVALID`` when there
@@ -173,7 +174,7 @@ class Photon(nn.Module):
             detach=detach,
             keep=keep,
             with_layers=with_layers,
-            with_attention=with_attention,
+            looking=looking,
         )
 
     def encode_contexts(self, batch: PackedBatch, num_layers: int) -> EncodedRows:
@@ -208,7 +209,7 @@ class Photon(nn.Module):
         detach: Tensor | None = None,
         keep: Tensor | None = None,
         with_layers: bool = False,
-        with_attention: bool = False,
+        looking: Tensor | None = None,
     ) -> Output:
         """Run the branches of a batch against contexts encoded as far as the pruning layer; see :meth:`forward`."""
         if keep is None:
@@ -233,7 +234,7 @@ class Photon(nn.Module):
             self.model.predictor,
             mode,
             blind=context.own_scores,
-            with_gradient=with_attention,
+            with_gradient=looking is not None,
             backend=self.backend,
         )
         if keep is not None:
@@ -241,7 +242,7 @@ class Photon(nn.Module):
 
         if mode == "full":
             context = self._finished(context, batch)
-            sight = Sight.shared(batch.layout, batch.context_ids.shape[0]) if with_attention else None
+            sight = None if looking is None else Sight.shared(looking, batch.layout, batch.context_ids.shape[0])
             attended = None
             for layer, shared in zip(self.model.layers[split:], context.layers[split:], strict=True):
                 x, state = self._run(layer, x, table, _after(shared, attend))
@@ -268,7 +269,7 @@ class Photon(nn.Module):
             rule=self.config.pruning.sgp_rule,
             backend=self.backend,
         )
-        sight = Sight.pruned(batch.layout, selection) if with_attention else None
+        sight = None if looking is None else Sight.pruned(looking, batch.layout, selection)
         x, late, attended = self._run_pruned(pruned, selection.host_lengths, with_layers=with_layers, sight=sight)
         if not with_layers:
             return Output(x, selection.branch_rows, decision, selection, None, None, context, at_pruning, attended)

@@ -127,10 +127,12 @@ def compute_loss(model: Photon, item: TrainingBatch, stage: Stage) -> StepResult
     is_flipped = item.is_flipped if pruning.prunes else torch.zeros_like(item.is_flipped)
     is_disturbed = item.is_perturbed | is_flipped
     flip = is_flipped if mode == "hard" else None
-    is_distilled = pruning.distillation_weight > 0 and pruning.policy == "photon"
-    output = model(batch, mode, flip=flip, detach=is_disturbed, with_attention=is_distilled)
-
     rows, targets, branch = objectives.answer_targets(batch)
+    looking = None
+    if pruning.distillation_weight > 0:
+        looking = torch.zeros_like(batch.labels, dtype=torch.bool).index_fill_(0, rows, True)
+    output = model(batch, mode, flip=flip, detach=is_disturbed, looking=looking)
+
     logits = model.logits(output.hidden[output.branch_rows[rows]]).float()
     answer = objectives.answer_loss(logits, targets)
     per_target = torch.where(item.is_perturbed[branch], objectives.entropy_loss(logits), answer)

@@ -9,7 +9,7 @@ from torch import Tensor
 from photon.config import PhotonConfig
 from photon.model.network import Photon
 from photon.model.packing import Branch, Context, PackedBatch, pack_batch
-from photon.objectives import distillation_loss
+from photon.objectives import answer_targets, distillation_loss
 from photon.testing import micro_config, micro_model, random_branch, random_context, training_batch
 from photon.training.step import compute_loss
 
@@ -29,6 +29,11 @@ def branches_of(config: PhotonConfig) -> list[Branch]:
         random_branch(config, context, num_question=asked, num_answer=2 + number % 2, seed=number)
         for number, (context, asked) in enumerate(about)
     ]
+
+
+def answering(batch: PackedBatch) -> Tensor:
+    rows, _, _ = answer_targets(batch)
+    return torch.zeros(batch.branch_ids.shape[0], dtype=torch.bool).index_fill_(0, rows, True)
 
 
 def looked(model: Photon, config: PhotonConfig, batch: PackedBatch, mode: str) -> Tensor:
@@ -70,7 +75,7 @@ def looked(model: Photon, config: PhotonConfig, batch: PackedBatch, mode: str) -
                 q = q[-own[branch] :]
                 slots = output.selection.slots[start : start + lengths[branch]].tolist()
             k = k.repeat_interleave(share, 1)
-            for row in range(int(layout.question_lengths[branch]), own[branch] - 1):
+            for row in (answering(batch)[first : first + own[branch]]).nonzero().flatten().tolist():
                 seen = len(k) - own[branch] + row + 1
                 weights = (torch.einsum("hd,khd->hk", q[row], k[:seen]) * scale).softmax(-1).sum(0)
                 for place, slot in enumerate(slots[:seen]):
@@ -84,7 +89,7 @@ def test_attention_of_a_batch_is_that_of_every_row(mode: str) -> None:
     config = micro_config()
     model = micro_model(config)
     batch = pack_batch(contexts_of(config), branches_of(config), config)
-    output = model(batch, mode, with_attention=True)  # type: ignore[arg-type]
+    output = model(batch, mode, looking=answering(batch))  # type: ignore[arg-type]
     expected = looked(model, config, batch, mode)
     assert output.attended is not None and not output.attended.requires_grad
     assert float(expected.max()) > 0.1
@@ -114,7 +119,7 @@ def test_distillation_brings_the_scores_to_the_attention(stage: str) -> None:
 
     def apart() -> Tensor:
         mode = {"warm-up": "full"}.get(stage, stage)
-        output = model(item.batch, mode, with_attention=True)  # type: ignore[arg-type]
+        output = model(item.batch, mode, looking=answering(item.batch))  # type: ignore[arg-type]
         assert output.schedule is not None and output.attended is not None
         counted = output.schedule.keep if stage == "hard" else output.schedule.valid
         return distillation_loss(output.schedule.u, output.attended, counted).mean()
