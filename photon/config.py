@@ -49,7 +49,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "a number from 0": (
         lambda value: _is_number(value) and value >= 0,
-        "initializer_range vision.tokens_per_second pruning.seconds_per_grid pruning.band_weight",
+        "initializer_range vision.tokens_per_second pruning.seconds_per_grid pruning.band_weight "
+        "pruning.distillation_weight",
     ),
     "a finite number": (_is_number, "vision.intensity_mean pruning.threshold_bias_init"),
     "a number above 0 and at most 1": (
@@ -208,6 +209,8 @@ class PhotonConfig:
             refuse("empty_below leaves tokens out, and the policy pooled averages over all of them.")
         if self.pruning.saliency_gradient and self.pruning.policy != "photon":
             refuse(f"saliency_gradient is on, and the policy {self.pruning.policy} has no keep probabilities.")
+        if self.pruning.distillation_weight and self.pruning.policy != "photon":
+            refuse(f"attention is distilled, and the policy {self.pruning.policy} learns no saliency.")
 
     @property
     def head_dim(self) -> int:

@@ -84,13 +84,15 @@ def decide(
 
     Args:
         own, shared: what branch rows and context rows attended with at the pruning layer.
-        mode: what the decision is for; only "soft" has a gradient to the scores (``saliency_gradient``). The surrogate
-            gradient of "hard" is standardised to a direction, which moves one threshold well and many scores badly.
+        mode: what the decision is for; only in "soft" p has a gradient to the scores (``saliency_gradient``). The
+            surrogate gradient of "hard" is standardised to a direction, which moves one threshold well and many scores
+            badly.
         blind: float32 [Tc] scores of the context rows that replace those by the question.
+        with_gradient: whether the schedule's scores u have a gradient, in any mode.
 
     Raises:
         PhotonError: ``BACKEND_UNAVAILABLE`` for the backend "triton" when a gradient of the scores is wanted
-            (``saliency_gradient``), which "auto" computes without kernels.
+            (``saliency_gradient``, ``distillation_weight``), which "auto" computes without kernels.
     """
     if not layout.num_pairs:
         return None
@@ -109,13 +111,15 @@ def decide(
             u = _of_pairs(blind, layout)
         if predictor.config.policy != "photon":
             return ranked(u, lengths, branch, predictor.config)
-        decision = predictor(u, lengths, branch, backend=backend)
-    return decision
+        decided: Schedule = predictor(u, lengths, branch, backend=backend)
+    return decided
 
 
 def _refuse_kernels(backend: Backend) -> None:
     if backend == "triton":
-        fact = "saliency_gradient is on, and the kernels of the scores have no gradient."
+        fact = (
+            "saliency_gradient or distillation_weight asks for a gradient that the kernels of the scores do not have."
+        )
         raise PhotonError("BACKEND_UNAVAILABLE", "triton", fact, "Use the backend auto or reference.")
 
 

@@ -130,7 +130,9 @@ def compute_loss(model: Photon, item: TrainingBatch, stage: Stage) -> StepResult
     rows, targets, branch = objectives.answer_targets(batch)
     looking = None
     if pruning.distillation_weight > 0:
-        looking = torch.zeros_like(batch.labels, dtype=torch.bool).index_fill_(0, rows, True)
+        # To end a turn nobody looks anywhere.
+        says_something = rows[targets != model.config.eos_token_id]
+        looking = torch.zeros_like(batch.labels, dtype=torch.bool).index_fill_(0, says_something, True)
     output = model(batch, mode, flip=flip, detach=is_disturbed, looking=looking)
 
     logits = model.logits(output.hidden[output.branch_rows[rows]]).float()

@@ -12,7 +12,7 @@ from photon.training.pretrain import NamingConfig
 from photon.training.stages import StageSchedule, WarmUpSwitch
 from pipelines.dataset import Draw
 from pipelines.phantom_vqa.cohort import RARE_FINDINGS
-from pipelines.study.variants import Variant, ablations, policies
+from pipelines.study.variants import DISTILLED, Variant, ablations, policies
 from pipelines.train_spec import TrainSpec
 
 PRESETS = ("small", "medium", "full", "real", "ablations", "smoke")
@@ -84,8 +84,8 @@ class StudySpec:
     lengths: Lengths
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of the tiny configuration that differ, see :func:`pipelines.start.start_from_scratch`."""
-    pruning: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Fields of its pruning configuration that differ in every variant."""
+    pruning: Mapping[str, Any] = dataclasses.field(default_factory=lambda: dict(DISTILLED))
+    """Fields of its pruning configuration that differ in the shared starts, and in every variant that says nothing."""
     optimiser: OptimiserConfig = _OPTIMISER
     """Of the warm-up and the text-only model."""
     pruned_optimiser: OptimiserConfig = dataclasses.replace(_OPTIMISER, learning_rate=1.2e-3)

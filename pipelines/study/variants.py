@@ -8,9 +8,12 @@ from typing import Any
 
 from pipelines.study.answer_table import CONDITIONS
 
-LEARNT: dict[str, Any] = {"saliency_gradient": True, "keep_band": (0.25, 0.45)}
-"""Where to look is learnt from the task, under pressure to keep little; as published only how much is
-(docs/evidence.md)."""
+DISTILLED: dict[str, Any] = {"distillation_weight": 0.3}
+"""Of the shared warm-up: the saliency learns to foretell where the later layers look (docs/evidence.md)."""
+LEARNT: dict[str, Any] = {**DISTILLED, "saliency_gradient": True, "keep_band": (0.25, 0.45)}
+"""Where to look is learnt, under pressure to keep little; as published only how much is."""
+UNTAUGHT: dict[str, Any] = {"distillation_weight": 0.0}
+"""Of what goes on from the shared warm-up without a saliency to teach."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,12 +51,12 @@ def policies(keep_ratio: float | None = None) -> tuple[Variant, ...]:
     ratio = {} if keep_ratio is None else {"keep_ratio": keep_ratio}
     return (
         Variant(name="photon", pruning=LEARNT, conditions=CONDITIONS[1:]),
-        Variant(name="all", pruning={"policy": "all"}),
-        Variant(name="published", conditions=CONDITIONS[1:2]),
-        Variant(name="fixed", pruning={"policy": "fixed", **ratio}),
-        Variant(name="fixed-blind", pruning={"policy": "fixed-blind", **ratio}),
-        Variant(name="slices", pruning={"policy": "slices", **ratio}, has_own_warm_up=True),
-        Variant(name="pooled", pruning={"policy": "pooled", **ratio}, has_own_warm_up=True),
+        Variant(name="all", pruning={"policy": "all", **UNTAUGHT}),
+        Variant(name="published", pruning=UNTAUGHT, has_own_warm_up=True, conditions=CONDITIONS[1:2]),
+        Variant(name="fixed", pruning={"policy": "fixed", **UNTAUGHT, **ratio}),
+        Variant(name="fixed-blind", pruning={"policy": "fixed-blind", **UNTAUGHT, **ratio}),
+        Variant(name="slices", pruning={"policy": "slices", **UNTAUGHT, **ratio}, has_own_warm_up=True),
+        Variant(name="pooled", pruning={"policy": "pooled", **UNTAUGHT, **ratio}, has_own_warm_up=True),
     )
 
 
@@ -68,6 +71,13 @@ def ablations(soft: int, hard: int) -> tuple[Variant, ...]:
     return (
         Variant(name="photon", pruning=LEARNT, conditions=what_if),
         Variant(name="no-saliency-gradient", pruning={**LEARNT, "saliency_gradient": False}, conditions=what_if),
+        Variant(name="no-distillation", pruning={**LEARNT, **UNTAUGHT}, has_own_warm_up=True, conditions=what_if),
+        Variant(
+            name="distillation-1",
+            pruning={**LEARNT, "distillation_weight": 1.0},
+            has_own_warm_up=True,
+            conditions=what_if,
+        ),
         Variant(name="rule-paper", pruning={**LEARNT, "sgp_rule": "paper"}, conditions=what_if),
         Variant(
             name="rule-paper-no-saliency-gradient",

@@ -59,8 +59,9 @@ def looked(model: Photon, config: PhotonConfig, batch: PackedBatch, mode: str) -
         rows = torch.arange(first, first + own[branch])
         for number in range(len(later)):
             if mode == "full":
-                q, k = states[len(later) + number][0][rows], torch.cat(
-                    [states[number][1][begin : begin + length], states[len(later) + number][1][rows]]
+                q, k = (
+                    states[len(later) + number][0][rows],
+                    torch.cat([states[number][1][begin : begin + length], states[len(later) + number][1][rows]]),
                 )
                 slots = [-1] * len(k)
                 for pair in pairs:
