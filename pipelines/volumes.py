@@ -32,7 +32,6 @@ from pipelines.volume_files import (
     VolumeRecord,
     read_volume,
     read_volume_record,
-    voxels_sha256,
     write_slabs,
     write_volume,
 )
@@ -44,7 +43,6 @@ __all__ = [
     "VolumeSpec",
     "read_volume",
     "read_volume_record",
-    "voxels_sha256",
     "write_volume",
 ]
 
