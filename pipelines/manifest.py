@@ -37,7 +37,7 @@ SCHEMA: dict[str, Any] = {
 }
 """Column -> type. `source` is relative to the input folder, `volume` to the manifest; `status` is ``ok``
 or the error code, with the error's fact and remedy in `message`. Geometry is the source's, in its own
-axes. `volume_sha256` is of the voxels. A refused scan has nulls where nothing is known."""
+axes. `volume_sha256` is of the packed voxels. A refused scan has nulls where nothing is known."""
 
 _ALWAYS = ("scan_id", "source", "status", "message", "spec_digest")
 _WHEN_OK = ("source_sha256", "volume", "volume_sha256", "shape", "spacing_mm", "orientation", "modality")

@@ -119,7 +119,7 @@ def _do(job: ScanJob, signature: str | None, known: Known | None) -> Outcome:
 
 
 def _done(job: ScanJob, state: Literal["new", "unchanged"], volume: VolumeRecord, signature: str | None) -> Outcome:
-    stored = {"volume": job.target.name, "volume_sha256": volume.voxels_sha256, "status": "ok", "message": ""}
+    stored = {"volume": job.target.name, "volume_sha256": volume.slabs_sha256, "status": "ok", "message": ""}
     known = Known(signature=signature, sha256=volume.metadata["source_sha256"]) if signature else None
     return Outcome(state=state, row=_row(job) | volume.metadata | stored, known=known)
 

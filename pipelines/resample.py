@@ -63,10 +63,13 @@ def resample_scan(
 def resample_slabs(
     array: np.ndarray, affine: np.ndarray, frame: Frame, spec: VolumeSpec, mapping: Mapping = IDENTITY
 ) -> Iterator[np.ndarray]:
-    """As :func:`resample_scan`, 14 planes after another, so that the whole volume is never held."""
+    """As :func:`resample_scan`, 14 planes after another, so that the whole volume is never held.
+
+    All come in the same memory: one must be done with before the next is asked for.
+    """
     read = _reader(array, affine, frame, spec, mapping)
+    out = np.empty((PATCH, *spec.shape[1:]), np.int16)
     for start in range(0, spec.shape[0], PATCH):
-        out = np.empty((PATCH, *spec.shape[1:]), np.int16)
         read(start, out)
         yield out
 

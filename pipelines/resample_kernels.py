@@ -69,8 +69,8 @@ def linear_rows(
     x_weight = x_weight[begin:end]
     start = min(left.min(), right.min())
     size = max(left.max(), right.max()) + 1 - start
-    # Indices without a sign need no test for negative ones.
-    left, right = (left - start).astype(np.uint64), (right - start).astype(np.uint64)
+    # Indices without a sign need no test for negative ones, and short ones come eight at a time.
+    left, right = (left - start).astype(np.uint32), (right - start).astype(np.uint32)
     read = np.empty(end - begin, np.float32)
     lines = np.empty((2, size), np.float32)
     line = np.empty(size, np.float32)

@@ -1,7 +1,8 @@
 """Volumes on disk: one file each, every byte of which is checked when it is read.
 
 A file is a safetensors file of compressed slabs with JSON under one key of its header; its last 32 bytes are the sha256
-of all before them.
+of the slabs and then the header: so one hash checks every byte, its state behind the slabs names the voxels, and a
+file is written as its slabs come, header last.
 """
 
 from __future__ import annotations
@@ -9,17 +10,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from photon.errors import PhotonError
-from pipelines.files import write_bytes
+from pipelines.files import atomic_path
 from pipelines.grids import VolumeSpec
-from pipelines.voxel_codec import pack_slab, slabs_of, unpack
+from pipelines.voxel_codec import MAX_PACKED_BYTES, num_slabs_of, pack_slabs, slabs_of, unpack
 
 METADATA_KEY = "photon"
 DIGEST_BYTES = 32
@@ -46,76 +46,61 @@ class Volume:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VolumeRecord:
-    """What a volume file says about its voxels: fields as of :class:`Volume`, and their checksum."""
+    """What a volume file says about its voxels: fields as of :class:`Volume`, and the sha256 of the packed slabs.
+
+    The same voxels have the same one, whatever the metadata, as long as the codec is the same.
+    """
 
     spec: VolumeSpec
     affine: np.ndarray
     metadata: dict[str, Any]
-    voxels_sha256: str
-
-
-def voxels_sha256(volume: Volume) -> str:
-    """Checksum of the voxels: int16, little endian, X fastest."""
-    return hashlib.sha256(np.ascontiguousarray(volume.voxels, dtype="<i2").data).hexdigest()
+    slabs_sha256: str
 
 
 def write_volume(volume: Volume, path: Path) -> str:
-    """Write a volume atomically; the same volume gives the same bytes. Returns the sha256 of the voxels."""
+    """Write a volume atomically; the same volume gives the same bytes. Returns the sha256 of its packed voxels."""
     slabs = slabs_of(np.ascontiguousarray(volume.voxels, dtype="<i2"))
-    return write_slabs(slabs, volume.affine, volume.spec, volume.metadata, path).voxels_sha256
+    return write_slabs(slabs, volume.affine, volume.spec, volume.metadata, path).slabs_sha256
 
 
 def write_slabs(
     slabs: Iterable[np.ndarray], affine: np.ndarray, spec: VolumeSpec, metadata: dict[str, Any], path: Path
 ) -> VolumeRecord:
-    """As :func:`write_volume` for voxels that come slab by slab (:func:`pipelines.voxel_codec.slabs_of`)."""
-    packed, digest = _packed(slabs)
-    text = json.dumps(
-        {
-            "spec": spec.as_dict(),
-            "spec_digest": spec.digest(),
-            "affine": affine.tolist(),
-            "voxels_sha256": digest,
-            "metadata": metadata,
-        },
-        sort_keys=True,
-        allow_nan=False,
-    )
-    write_bytes(path, *_with_digest([_header(packed, text), *packed]))
-    return VolumeRecord(spec=spec, affine=affine, metadata=metadata, voxels_sha256=digest)
+    """As :func:`write_volume`, from slabs of 14 planes, int16, contiguous and little endian; neither they nor what they
+    are packed into are held longer than it takes."""
+    content = {"spec": spec.as_dict(), "spec_digest": spec.digest(), "affine": affine.tolist(), "metadata": metadata}
+    text = json.dumps(content, sort_keys=True, allow_nan=False)
+    num_slabs = num_slabs_of(spec.shape)
+    room = len(_header([MAX_PACKED_BYTES] * num_slabs, text))
+    digest, sizes = hashlib.sha256(), []
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        stream.seek(room)
+        for packed in pack_slabs(slabs):
+            digest.update(packed)
+            sizes.append(stream.write(packed))
+        if len(sizes) != num_slabs:
+            raise ValueError(f"{len(sizes)} slabs instead of {num_slabs}")
+        slabs_sha256 = digest.hexdigest()
+        header = _header(sizes, text, room)
+        digest.update(header)
+        stream.write(digest.digest())
+        stream.seek(0)
+        stream.write(header)
+    return VolumeRecord(spec=spec, affine=affine, metadata=metadata, slabs_sha256=slabs_sha256)
 
 
-def _packed(slabs: Iterable[np.ndarray]) -> tuple[list[bytes], str]:
-    """Compressed slabs, and the sha256 of all their voxels, which another thread makes meanwhile."""
-    packed, digest = [], hashlib.sha256()
-    hashed: Future[None] | None = None
-    with ThreadPoolExecutor(1) as beside:
-        for slab in slabs:
-            if hashed:
-                hashed.result()  # so that no more than two slabs wait
-            hashed = beside.submit(digest.update, slab.data)
-            packed.append(pack_slab(slab))
-    return packed, digest.hexdigest()
-
-
-def _header(packed: list[bytes], text: str) -> bytes:
-    """The beginning of a safetensors file of these slabs and the checksum: its length and JSON."""
-    sizes = {f"slab{number:04d}": len(slab) for number, slab in enumerate(packed)} | {"whole_sha256": DIGEST_BYTES}
+def _header(sizes: Sequence[int], text: str, room: int = 0) -> bytes:
+    """The beginning of a safetensors file of slabs of these sizes and the checksum: its length and JSON, which blanks
+    extend to `room` bytes."""
     header: dict[str, Any] = {"__metadata__": {METADATA_KEY: text}}
     end = 0
-    for name, size in sizes.items():
+    named = {f"slab{number:04d}": size for number, size in enumerate(sizes)}
+    for name, size in (named | {"whole_sha256": DIGEST_BYTES}).items():
         header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [end, end + size]}
         end += size
     content = json.dumps(header, separators=(",", ":")).encode()
-    content += b" " * (-len(content) % 8)
+    content += b" " * max(room - 8 - len(content), -len(content) % 8)
     return len(content).to_bytes(8, "little") + content
-
-
-def _with_digest(parts: list[bytes]) -> list[bytes]:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return [*parts, digest.digest()]
 
 
 def read_volume(path: Path, spec: VolumeSpec | None = None) -> Volume:
@@ -142,9 +127,12 @@ def _open_volume(path: Path, spec: VolumeSpec | None) -> tuple[VolumeRecord, lis
     """Record and packed slabs of a volume file, every byte of which has been checked."""
     try:
         content = memoryview(path.read_bytes())
-        if hashlib.sha256(content[:-DIGEST_BYTES]).digest() != content[-DIGEST_BYTES:]:
-            raise ValueError("its bytes do not have the checksum at its end")
         begin = 8 + int.from_bytes(content[:8], "little")
+        digest = hashlib.sha256(content[begin:-DIGEST_BYTES])
+        slabs_sha256 = digest.hexdigest()
+        digest.update(content[:begin])
+        if digest.digest() != content[-DIGEST_BYTES:]:
+            raise ValueError("its bytes do not have the checksum at its end, or an older version wrote it")
         header = json.loads(bytes(content[8:begin]))
         stored = json.loads(header["__metadata__"][METADATA_KEY])
         ends = [header[name]["data_offsets"] for name in sorted(header) if name.startswith("slab")]
@@ -152,7 +140,7 @@ def _open_volume(path: Path, spec: VolumeSpec | None) -> tuple[VolumeRecord, lis
             spec=VolumeSpec.from_dict(stored["spec"]),
             affine=np.array(stored["affine"], np.float64),
             metadata=stored["metadata"],
-            voxels_sha256=stored["voxels_sha256"],
+            slabs_sha256=slabs_sha256,
         )
     except FileNotFoundError as error:
         raise PhotonError("VOLUME_MISSING", path, "the file does not exist.", MAKE_AGAIN) from error

@@ -32,7 +32,6 @@ from pipelines.volume_files import (
     VolumeRecord,
     read_volume,
     read_volume_record,
-    voxels_sha256,
     write_slabs,
     write_volume,
 )
@@ -44,7 +43,6 @@ __all__ = [
     "VolumeSpec",
     "read_volume",
     "read_volume_record",
-    "voxels_sha256",
     "write_volume",
 ]
 
@@ -90,8 +88,7 @@ def _plan(scan: Scan, spec: VolumeSpec, modality: str) -> tuple[Frame, Mapping, 
     notes = list(scan.notes)
     frame = _frame(scan, spec, kind, notes)
     mapping = IDENTITY if kind == "ct" else _percentile_mapping(scan, spec)
-    low = min(float(block.min()) for block in _blocks(scan.array))
-    high = max(float(block.max()) for block in _blocks(scan.array))
+    low, high = scan.extent or _extent(scan.array)
     notes += range_notes(low, high, kind)
     metadata = {
         "source_sha256": scan.sha256,
@@ -187,6 +184,12 @@ def percentiles(array: np.ndarray) -> tuple[float, float]:
         # As numpy interpolates, from the nearer end.
         found.append(low + (high - low) * share if share < 0.5 else high - (high - low) * (1 - share))
     return found[0], found[1]
+
+
+def _extent(array: np.ndarray) -> tuple[float, float]:
+    """Lowest and highest value."""
+    extremes = [(float(block.min()), float(block.max())) for block in _blocks(array)]
+    return min(low for low, _ in extremes), max(high for _, high in extremes)
 
 
 def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:

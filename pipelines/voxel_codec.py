@@ -7,7 +7,7 @@ same bytes on every machine. The library is loaded when the first volume is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -15,21 +15,33 @@ from pipelines.grids import PATCH
 
 LEVEL = 5
 BLOCK_BYTES = 1 << 17
+MAX_PACKED_BYTES = 1 << 31
+"""blosc2 packs no more at once."""
 
 
-def pack_slab(slab: np.ndarray) -> bytes:
-    """int16 [planes, Y, X], contiguous and little endian -> its compressed bytes."""
+def pack_slabs(slabs: Iterable[np.ndarray]) -> Iterator[bytes]:
+    """int16 [planes, Y, X], contiguous and little endian -> its compressed bytes, one slab after another.
+
+    All but the last have the size of the first. A slab is packed before the next one is asked for.
+    """
     import blosc2
 
-    return blosc2.compress2(
-        slab,
-        typesize=2,
-        codec=blosc2.Codec.LZ4,
-        clevel=LEVEL,
-        filters=[blosc2.Filter.BITSHUFFLE],
-        blocksize=BLOCK_BYTES,
-        nthreads=1,
-    )
+    options = {
+        "typesize": 2,
+        "codec": blosc2.Codec.LZ4,
+        "clevel": LEVEL,
+        "filters": [blosc2.Filter.BITSHUFFLE],
+        "blocksize": BLOCK_BYTES,
+        "nthreads": 1,
+    }
+    packer = None
+    for slab in slabs:
+        # One that is kept spares the memory that `compress2` takes, clears and copies for every slab.
+        if packer is None:
+            packer = blosc2.SChunk(chunksize=slab.nbytes, cparams=options)
+        packer.append_data(slab)
+        yield packer.get_chunk(0)
+        packer.delete_chunk(0)
 
 
 def unpack(packed: Sequence[bytes | memoryview], shape: tuple[int, int, int]) -> np.ndarray:
@@ -53,6 +65,11 @@ def unpack(packed: Sequence[bytes | memoryview], shape: tuple[int, int, int]) ->
         except RuntimeError as error:
             raise ValueError(f"a slab cannot be unpacked: {error}") from error
     return voxels
+
+
+def num_slabs_of(shape: tuple[int, int, int]) -> int:
+    """How many slabs voxels [Z, Y, X] have."""
+    return -(-shape[0] // PATCH)
 
 
 def slabs_of(voxels: np.ndarray) -> list[np.ndarray]:

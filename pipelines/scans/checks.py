@@ -96,7 +96,7 @@ def check_scaling(slope: float, intercept: float, path: Path) -> None:
 
 def scaled(
     raw: np.ndarray, slope: float, intercept: float, path: Path, *, is_labels: bool = False
-) -> tuple[np.ndarray, tuple[str, ...]]:
+) -> tuple[np.ndarray, tuple[float, float], tuple[str, ...]]:
     """Stored values -> int16 where slope and intercept leave whole numbers that fit, else float32.
 
     Beside its argument it takes the memory of its result alone, and none where both are of one type: then the argument
@@ -107,7 +107,7 @@ def scaled(
         is_labels: the values are labels: they may all be the same.
 
     Returns:
-        Values [n], and notes.
+        Values [n], the lowest and the highest of them, and notes.
 
     Raises:
         PhotonError: ``VOXELS_NOT_FINITE``, ``SCAN_CONSTANT`` or ``SCALING_INVALID``.
@@ -124,9 +124,11 @@ def scaled(
         notes = ("few 8-bit values: it may be a label map rather than a scan",)
     is_whole = raw.dtype.kind in "iu" and slope == 1.0 and float(intercept).is_integer()
     target = np.dtype(np.int16 if is_whole and ends[0] >= -32768 and ends[1] <= 32767 else np.float32)
+    # No step on the way to `target` turns the order of two values, so that its extremes come from those of `raw`.
+    extent = (float(target.type(ends[0])), float(target.type(ends[1])))
     is_kept = slope == 1.0 and intercept == 0.0
     if is_kept and raw.dtype == target:
-        return raw, notes
+        return raw, extent, notes
     values = raw if raw.dtype == target else np.empty(raw.shape, target)
     for start in range(0, raw.size, _BLOCK):
         block = raw[start : start + _BLOCK]
@@ -136,7 +138,7 @@ def scaled(
                 block.astype(np.int64) + int(intercept) if is_exact else block.astype(np.float64) * slope + intercept
             )
         values[start : start + _BLOCK] = block
-    return values, notes
+    return values, extent, notes
 
 
 def range_notes(low: float, high: float, modality: str) -> tuple[str, ...]:

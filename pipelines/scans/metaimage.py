@@ -75,7 +75,7 @@ def read_metaimage(path: Path, *, max_voxels: int = MAX_VOXELS, is_labels: bool 
             stream.skip(stream.bytes_left())
             with ScanStream(voxels_path, stream.digest) as data:
                 raw, sha256 = _read_voxels(data, header, dtype, math.prod(shape))
-    values, notes = scaled(raw, slope, intercept, path, is_labels=is_labels)
+    values, extent, notes = scaled(raw, slope, intercept, path, is_labels=is_labels)
     return make_scan(
         values.reshape(shape, order="F"),
         affine,
@@ -83,6 +83,7 @@ def read_metaimage(path: Path, *, max_voxels: int = MAX_VOXELS, is_labels: bool 
         sha256=sha256,
         notes=(*header.notes, *notes),
         modality=_MODALITIES.get(header.text("Modality", "")),
+        extent=extent,
     )
 
 

@@ -54,8 +54,9 @@ def read_nifti(
             if error.code not in ("GZIP_CORRUPT", "SCAN_TRUNCATED"):
                 stream.drain()  # a damaged gzip stream explains whatever else was found
             raise
-    values, value_notes = scaled(raw, slope, intercept, path, is_labels=is_labels)
-    return make_scan(values.reshape(shape, order="F"), affine, path=path, sha256=sha256, notes=(*notes, *value_notes))
+    values, extent, value_notes = scaled(raw, slope, intercept, path, is_labels=is_labels)
+    array, notes = values.reshape(shape, order="F"), [*notes, *value_notes]
+    return make_scan(array, affine, path=path, sha256=sha256, notes=tuple(notes), extent=extent)
 
 
 def write_scan(array: np.ndarray, affine: np.ndarray, path: Path) -> None:

@@ -77,8 +77,9 @@ def read_nrrd(path: Path, *, max_voxels: int = MAX_VOXELS, is_labels: bool = Fal
             stream.skip(stream.bytes_left())
             with ScanStream(voxels_path, stream.digest) as data:
                 raw, sha256 = _read_voxels(data, fields, dtype, math.prod(shape))
-    values, value_notes = scaled(raw, 1.0, 0.0, path, is_labels=is_labels)
-    return make_scan(values.reshape(shape, order="F"), affine, path=path, sha256=sha256, notes=(*notes, *value_notes))
+    values, extent, value_notes = scaled(raw, 1.0, 0.0, path, is_labels=is_labels)
+    array, notes = values.reshape(shape, order="F"), [*notes, *value_notes]
+    return make_scan(array, affine, path=path, sha256=sha256, notes=tuple(notes), extent=extent)
 
 
 def data_file_name(path: Path) -> str | None:

@@ -44,6 +44,7 @@ class Scan:
         orientation: where the array axes point to, e.g. ``RAS``.
         modality: ``ct``, ``mr`` or ``pt`` where the file itself says so, else None.
         notes: what was unusual but acceptable, repaired or assumed.
+        extent: lowest and highest value, where the reader knows them.
     """
 
     array: np.ndarray
@@ -54,6 +55,7 @@ class Scan:
     orientation: str
     notes: tuple[str, ...]
     modality: str | None = None
+    extent: tuple[float, float] | None = None
 
 
 def make_scan(
@@ -64,6 +66,7 @@ def make_scan(
     sha256: str,
     notes: tuple[str, ...] = (),
     modality: str | None = None,
+    extent: tuple[float, float] | None = None,
 ) -> Scan:
     """A scan whose spacing and orientation are those of its matrix [4, 4], array index to world RAS mm."""
     return Scan(
@@ -75,6 +78,7 @@ def make_scan(
         orientation=orientation_of(affine),
         notes=notes,
         modality=modality,
+        extent=extent,
     )
 
 

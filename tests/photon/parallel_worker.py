@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -69,11 +70,11 @@ def pack(step: int, places: Sequence[int], with_flips: bool = False, with_scans:
     return TrainingBatch(item.batch, item.is_perturbed, item.is_flipped, tuple(f"scan-{place}" for place in places))
 
 
+@mock.patch.object(loop, "build_optimiser", build_steady)
 def run(
     ranks: Ranks, save_to: Path | None = None, *, dealt: str = "even", stop: int = 99
 ) -> tuple[Trainer, list[float]]:
     """Train the micro model; every rank takes its micro-batches of a step."""
-    loop.build_optimiser = build_steady
     # Without scans there is nothing to align.
     schedule = dataclasses.replace(SCHEDULE, alignment=0) if dealt == "text" else SCHEDULE
     trainer = Trainer(micro_model(CONFIG), schedule, RATES, run_digest="run", ranks=ranks)

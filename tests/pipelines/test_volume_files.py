@@ -20,11 +20,10 @@ from pipelines.volume_files import (
     Volume,
     read_volume,
     read_volume_record,
-    voxels_sha256,
     write_slabs,
     write_volume,
 )
-from pipelines.voxel_codec import pack_slab, slabs_of, unpack
+from pipelines.voxel_codec import pack_slabs, slabs_of, unpack
 
 SPEC = VolumeSpec(spacing_mm=3.0, shape=(28, 28, 28), window_hu=(-1000, 1000))
 
@@ -47,7 +46,7 @@ def test_a_volume_comes_back_and_is_written_the_same_twice(tmp_path: Path) -> No
     for found in (back, record):
         assert np.array_equal(found.affine, volume.affine)
         assert found.metadata == volume.metadata and found.spec == SPEC
-    assert digests == [voxels_sha256(back)] * 2 == [record.voxels_sha256] * 2
+    assert digests == [record.slabs_sha256] * 2
     back.voxels[0, 0, 0] = 5  # callers may work on it
 
 
@@ -100,8 +99,8 @@ def test_a_file_that_is_whole_but_no_volume_is_refused(tmp_path: Path) -> None:
 
     def refused(header: object, body: bytes = content[begin:]) -> bool:
         text = json.dumps(header).encode()
-        whole = len(text).to_bytes(8, "little") + text + body
-        path.write_bytes(whole + hashlib.sha256(whole).digest())
+        start = len(text).to_bytes(8, "little") + text
+        path.write_bytes(start + body + hashlib.sha256(body + start).digest())
         try:
             read_volume(path)
         except PhotonError as error:
@@ -151,6 +150,38 @@ def test_a_fault_while_slabs_come_leaves_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_slabs_may_come_in_the_same_memory_and_none_may_be_missing(tmp_path: Path) -> None:
+    volume, place = make_volume(), np.empty((PATCH, *SPEC.shape[1:]), "<i2")
+
+    def slabs(num_slabs: int) -> Iterator[np.ndarray]:
+        for slab in slabs_of(volume.voxels)[:num_slabs]:
+            place[:] = slab
+            yield place
+
+    write_slabs(slabs(2), volume.affine, SPEC, volume.metadata, tmp_path / "a")
+    assert np.array_equal(read_volume(tmp_path / "a").voxels, volume.voxels)
+    with pytest.raises(ValueError, match="1 slabs instead of 2"):
+        write_slabs(slabs(1), volume.affine, SPEC, volume.metadata, tmp_path / "b")
+    assert [item.name for item in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_digest_is_of_the_voxels_alone(tmp_path: Path) -> None:
+    volume = make_volume()
+    other = dataclasses.replace(volume, metadata={"modality": "mr", "notes": ["x"] * 2000})
+    digests = {write_volume(each, tmp_path / "a") for each in (volume, other)}
+    assert len(digests) == 1 and read_volume(tmp_path / "a").metadata == other.metadata
+    assert write_volume(make_volume(1), tmp_path / "a") not in digests
+
+
+def test_a_volume_of_an_older_version_is_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    write_volume(make_volume(), path)
+    whole = path.read_bytes()[:-32]
+    path.write_bytes(whole + hashlib.sha256(whole).digest())  # header first, as it used to be
+    with pytest.raises(PhotonError, match="older version"):
+        read_volume_record(path)
+
+
 def test_parts_are_written_one_after_another(tmp_path: Path) -> None:
     write_bytes(tmp_path / "a", b"one", memoryview(b"two"))
     assert (tmp_path / "a").read_bytes() == b"onetwo"
@@ -159,7 +190,7 @@ def test_parts_are_written_one_after_another(tmp_path: Path) -> None:
 @pytest.mark.parametrize("planes", [1, 14, 15, 40])
 def test_slabs_hold_any_number_of_planes(planes: int) -> None:
     voxels = np.random.default_rng(0).integers(-32768, 32768, (planes, 5, 7)).astype(np.int16)
-    packed = [pack_slab(slab) for slab in slabs_of(voxels)]
+    packed = list(pack_slabs(slabs_of(voxels)))
     assert len(packed) == -(-planes // PATCH)
     assert np.array_equal(unpack(packed, voxels.shape), voxels)
     with pytest.raises(ValueError, match="slab"):

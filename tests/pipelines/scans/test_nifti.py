@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from photon.errors import PhotonError
+from pipelines.scans.checks import scaled
 from pipelines.scans.nifti import sample_scans, write_scan
 from pipelines.scans.scan import read_scan
 
@@ -54,6 +55,15 @@ def test_big_endian_slope_and_many_gzip_members(tmp_path: Path) -> None:
     assert np.array_equal(read_scan(tmp_path / "b.nii.gz").array, read_scan(path).array)
     anatomical = next(sample for sample in sample_scans() if sample.name == "anatomical.nii")
     assert read_scan(anatomical).array.dtype == np.int16  # a big-endian file
+
+
+@pytest.mark.parametrize("dtype", ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"])
+def test_the_extremes_are_those_of_the_values(dtype: str) -> None:
+    drawn = np.random.default_rng(0).standard_normal(1000) * 30
+    raw = (drawn + 125 if dtype[0] == "u" else drawn).clip(-128, 255).astype(dtype)
+    for slope, intercept in ((1.0, 0.0), (1.0, -1024.0), (1.0, 0.5), (-1.0, 0.0), (-0.3, 7.1), (371.7, -0.1)):
+        values, extent, _ = scaled(raw.copy(), slope, intercept, Path("a"))
+        assert extent == (float(values.min()), float(values.max()))
 
 
 HEADER_FAULTS = {
