@@ -61,7 +61,7 @@ _OPTIMISER = OptimiserConfig(
     learning_rate=3e-3, vision_learning_rate=5e-4, alignment_learning_rate=1e-4, weight_decay=0.01
 )
 _DRAW = Draw(scans_per_step=8, questions_per_scan=24, max_shift=(6, 6, 6), robust_probability=0.0, flip_probability=0.0)
-_PRUNED_DRAW = dataclasses.replace(_DRAW, questions_per_scan=8, robust_probability=0.15, flip_probability=0.05)
+_PRUNED_DRAW = dataclasses.replace(_DRAW, questions_per_scan=8, robust_probability=0.15)
 _TINY_DRAW = dataclasses.replace(_DRAW, scans_per_step=2, questions_per_scan=4)
 _LARGER: dict[str, Any] = {
     "hidden_size": 128,

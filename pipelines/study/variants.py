@@ -10,7 +10,7 @@ from pipelines.study.answer_table import CONDITIONS
 
 DISTILLED: dict[str, Any] = {"distillation_weight": 0.3}
 """Of the shared warm-up: the saliency learns to foretell where the later layers look (docs/evidence.md)."""
-LEARNT: dict[str, Any] = {**DISTILLED, "saliency_gradient": True, "keep_band": (0.25, 0.45)}
+LEARNT: dict[str, Any] = {**DISTILLED, "saliency_gradient": True, "keep_band": (0.35, 0.5)}
 """Where to look is learnt, under pressure to keep little; as published only how much is."""
 UNTAUGHT: dict[str, Any] = {"distillation_weight": 0.0}
 """Of what goes on from the shared warm-up without a saliency to teach."""
@@ -89,7 +89,7 @@ def ablations(soft: int, hard: int) -> tuple[Variant, ...]:
         Variant(name="published-band", pruning={**LEARNT, "keep_band": (0.3, 0.8)}, conditions=what_if),
         Variant(name="low-band", pruning={**LEARNT, "keep_band": (0.05, 0.2)}, conditions=what_if),
         Variant(name="no-robustness", pruning=LEARNT, draw={"robust_probability": 0.0}, conditions=what_if),
-        Variant(name="no-flip", pruning=LEARNT, draw={"flip_probability": 0.0}, conditions=what_if),
+        Variant(name="flips", pruning=LEARNT, draw={"flip_probability": 0.05}, conditions=what_if),
         Variant(name="no-soft-stage", pruning=LEARNT, lengths={"soft": 0, "hard": soft + hard}, conditions=what_if),
         Variant(name="temperature-0.1", pruning={**LEARNT, "temperature": 0.1}, conditions=what_if),
         Variant(name="temperature-0.4", pruning={**LEARNT, "temperature": 0.4}, conditions=what_if),

@@ -343,8 +343,15 @@ def test_flags_that_do_not_fit_are_refused() -> None:
 
 def test_new_settings_are_written_only_where_they_differ() -> None:
     plain = micro_config()
-    assert not {"policy", "keep_ratio", "band_weight", "saliency_gradient"} & set(plain.to_hf()["photon"])
-    for change in ({"policy": "fixed"}, {"keep_ratio": 0.5}, {"band_weight": 0.0}, {"saliency_gradient": True}):
+    changes: list[dict[str, Any]] = [
+        {"policy": "fixed"},
+        {"keep_ratio": 0.5},
+        {"band_weight": 0.0},
+        {"saliency_gradient": True},
+        {"distillation_weight": 0.5},
+    ]
+    assert not {name for change in changes for name in change} & set(plain.to_hf()["photon"])
+    for change in changes:
         config = micro_config(pruning=change)
         assert {k: v for k, v in config.to_hf()["photon"].items() if k in change} == change
         assert PhotonConfig.from_hf(config.to_hf()) == config and config.digest() != plain.digest()
@@ -361,6 +368,8 @@ def test_new_settings_are_written_only_where_they_differ() -> None:
         ({"band_weight": -1.0}, "band_weight"),
         ({"saliency_gradient": 1}, "saliency_gradient"),
         ({"saliency_gradient": True, "policy": "fixed"}, "saliency_gradient"),
+        ({"distillation_weight": -0.1}, "distillation_weight"),
+        ({"distillation_weight": 0.1, "policy": "all"}, "distilled"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(change: dict[str, Any], named: str) -> None:
@@ -485,10 +494,12 @@ def test_scores_that_are_none_get_no_gradient() -> None:
     assert u.grad[0, 3] != 0 and u.grad[0, 1] == 0 and not bool(u.grad[1].any())
 
 
-def test_kernels_refuse_a_gradient_that_they_do_not_have() -> None:
-    config = config_of("photon", saliency_gradient=True)
+@pytest.mark.parametrize("asked", [{"saliency_gradient": True}, {"distillation_weight": 0.5}])
+def test_kernels_refuse_a_gradient_that_they_do_not_have(asked: dict[str, Any]) -> None:
+    (name,) = asked
+    config = config_of("photon", **asked)
     model = micro_model(config)
     model.backend = "triton"
-    with pytest.raises(PhotonError, match="saliency_gradient") as caught:
+    with pytest.raises(PhotonError, match=name) as caught:
         step(model, config, "soft")
     assert caught.value.code == "BACKEND_UNAVAILABLE"
