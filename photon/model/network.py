@@ -56,7 +56,7 @@ class Output:
         context: the encoded contexts.
         pruning_layer: branch rows' output [Tb, D] and attention state at the pruning layer.
         attended: float32 [S, N] attention of the rows that look to each visual token, summed over the layers after the
-            pruning layer, heads and rows, without gradient; None unless asked.
+            pruning layer, heads and rows, without gradient; None unless asked, and where there is no visual token.
     """
 
     hidden: Tensor
@@ -239,6 +239,8 @@ class Photon(nn.Module):
         )
         if keep is not None:
             decision = forced(decision, keep, batch.layout)
+        if decision is None:
+            looking = None  # there is nothing to look at
 
         if mode == "full":
             context = self._finished(context, batch)

@@ -11,6 +11,7 @@ from photon.model.network import Photon
 from photon.model.packing import Branch, Context, PackedBatch, pack_batch
 from photon.objectives import answer_targets, distillation_loss
 from photon.testing import micro_config, micro_model, random_branch, random_context, training_batch
+from photon.training.stages import Stage
 from photon.training.step import compute_loss
 
 
@@ -141,3 +142,25 @@ def test_the_step_adds_what_the_weight_says() -> None:
         losses.append(float(compute_loss(micro_model(config), item, "warm-up").loss.detach()))
     assert losses[1] > losses[0]
     assert losses[2] - losses[0] == pytest.approx(2 * (losses[1] - losses[0]), rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", ["warm-up", "soft", "hard"])
+def test_a_batch_costs_what_its_branches_cost_alone(stage: Stage) -> None:
+    config = micro_config(pruning={"distillation_weight": 1.0})
+    model = micro_model(config)
+    contexts, branches = contexts_of(config), branches_of(config)
+    whole = compute_loss(model, training_batch(contexts, branches, config), stage).loss
+    losses = []
+    for branch in branches:
+        alone = [Branch(0, branch.input_ids, branch.labels)]
+        losses.append(compute_loss(model, training_batch([contexts[branch.context]], alone, config), stage).loss)
+    torch.testing.assert_close(whole, torch.stack(losses).mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_disturbed_teaches_nothing() -> None:
+    losses = []
+    for weight in (0.0, 1.0):
+        config = micro_config(pruning={"distillation_weight": weight, "band_weight": 0.0})
+        item = training_batch(contexts_of(config), branches_of(config), config, perturbed=[0, 1, 2], flipped=[3, 4])
+        losses.append(float(compute_loss(micro_model(config), item, "hard").loss.detach()))
+    assert losses[0] == losses[1]
