@@ -116,6 +116,24 @@ def random_branch(
     return Branch(context, torch.cat([asked, answer]), torch.cat([torch.full_like(asked, IGNORE_INDEX), answer]))
 
 
+def ragged_contexts(config: PhotonConfig) -> list[Context]:
+    """Three contexts: 24 visual tokens in one volume; 8 and 6 in two; none."""
+    return [
+        random_context(config, [(2, 6, 8)], seed=0),
+        random_context(config, [(2, 4, 4), (1, 4, 6)], seed=1),
+        random_context(config, [], seed=2),
+    ]
+
+
+def ragged_branches(config: PhotonConfig) -> list[Branch]:
+    """Five questions of 1 to 5 tokens about :func:`ragged_contexts`, in no order, answers of two tokens."""
+    about = [(0, 3), (1, 5), (0, 2), (2, 4), (1, 1)]
+    return [
+        random_branch(config, context, num_question=asked, num_answer=2, seed=number)
+        for number, (context, asked) in enumerate(about)
+    ]
+
+
 def training_batch(
     contexts: Sequence[Context],
     branches: Sequence[Branch],

@@ -8,28 +8,17 @@ from torch import Tensor
 
 from photon.config import PhotonConfig
 from photon.model.network import Photon
-from photon.model.packing import Branch, Context, PackedBatch, pack_batch
+from photon.model.packing import Branch, PackedBatch, pack_batch
 from photon.objectives import answer_targets, distillation_loss
-from photon.testing import micro_config, micro_model, random_branch, random_context, training_batch
+from photon.testing import (
+    micro_config,
+    micro_model,
+    ragged_branches,
+    ragged_contexts,
+    training_batch,
+)
 from photon.training.stages import Stage
 from photon.training.step import compute_loss
-
-
-def contexts_of(config: PhotonConfig) -> list[Context]:
-    """24 tokens; 8 and 6 in two volumes; none."""
-    return [
-        random_context(config, [(2, 6, 8)], seed=0),
-        random_context(config, [(2, 4, 4), (1, 4, 6)], seed=1),
-        random_context(config, [], seed=2),
-    ]
-
-
-def branches_of(config: PhotonConfig) -> list[Branch]:
-    about = [(0, 3), (1, 5), (0, 2), (2, 4), (1, 1)]
-    return [
-        random_branch(config, context, num_question=asked, num_answer=2 + number % 2, seed=number)
-        for number, (context, asked) in enumerate(about)
-    ]
 
 
 def answering(batch: PackedBatch) -> Tensor:
@@ -90,7 +79,7 @@ def looked(model: Photon, config: PhotonConfig, batch: PackedBatch, mode: str) -
 def test_attention_of_a_batch_is_that_of_every_row(mode: str) -> None:
     config = micro_config()
     model = micro_model(config)
-    batch = pack_batch(contexts_of(config), branches_of(config), config)
+    batch = pack_batch(ragged_contexts(config), ragged_branches(config), config)
     output = model(batch, mode, looking=answering(batch))  # type: ignore[arg-type]
     expected = looked(model, config, batch, mode)
     assert output.attended is not None and not output.attended.requires_grad
@@ -116,7 +105,7 @@ def test_distillation_brings_the_scores_to_the_attention(stage: str) -> None:
     """A few steps on it alone; without it nothing reaches queries of the pruning layer but through attention."""
     config = micro_config(pruning={"distillation_weight": 1.0, "keep_band": (0.0, 1.0)})
     model = micro_model(config)
-    item = training_batch(contexts_of(config), branches_of(config), config)
+    item = training_batch(ragged_contexts(config), ragged_branches(config), config)
     optimiser = torch.optim.Adam(model.model.layers[1].self_attn.parameters(), lr=2e-3)
 
     def apart() -> Tensor:
@@ -138,7 +127,7 @@ def test_the_step_adds_what_the_weight_says() -> None:
     losses = []
     for weight in (0.0, 0.5, 1.0):
         config = micro_config(pruning={"distillation_weight": weight})
-        item = training_batch(contexts_of(config), branches_of(config), config)
+        item = training_batch(ragged_contexts(config), ragged_branches(config), config)
         losses.append(float(compute_loss(micro_model(config), item, "warm-up").loss.detach()))
     assert losses[1] > losses[0]
     assert losses[2] - losses[0] == pytest.approx(2 * (losses[1] - losses[0]), rel=1e-3)
@@ -148,7 +137,7 @@ def test_the_step_adds_what_the_weight_says() -> None:
 def test_a_batch_costs_what_its_branches_cost_alone(stage: Stage) -> None:
     config = micro_config(pruning={"distillation_weight": 1.0})
     model = micro_model(config)
-    contexts, branches = contexts_of(config), branches_of(config)
+    contexts, branches = ragged_contexts(config), ragged_branches(config)
     whole = compute_loss(model, training_batch(contexts, branches, config), stage).loss
     losses = []
     for branch in branches:
@@ -161,6 +150,8 @@ def test_what_is_disturbed_teaches_nothing() -> None:
     losses = []
     for weight in (0.0, 1.0):
         config = micro_config(pruning={"distillation_weight": weight, "band_weight": 0.0})
-        item = training_batch(contexts_of(config), branches_of(config), config, perturbed=[0, 1, 2], flipped=[3, 4])
+        item = training_batch(
+            ragged_contexts(config), ragged_branches(config), config, perturbed=[0, 1, 2], flipped=[3, 4]
+        )
         losses.append(float(compute_loss(micro_model(config), item, "hard").loss.detach()))
     assert losses[0] == losses[1]

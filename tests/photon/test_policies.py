@@ -14,12 +14,19 @@ from photon.config import POLICIES, PhotonConfig, PruningConfig
 from photon.errors import PhotonError
 from photon.generate import EncodedScan, ask, decode, encode_scan
 from photon.model.network import Output, Photon
-from photon.model.packing import Branch, Context, pack_batch
+from photon.model.packing import Branch, pack_batch
 from photon.ops.saliency.op import differentiable_saliency
 from photon.ops.saliency.reference import own_scores, question_vector, scores
 from photon.ops.schedule.reference import LARGEST_SCORE, highest, normalise
 from photon.scheduling import ThresholdPredictor, kept_counts, ranked
-from photon.testing import micro_config, micro_model, random_branch, random_context, training_batch
+from photon.testing import (
+    micro_config,
+    micro_model,
+    ragged_branches,
+    ragged_contexts,
+    random_branch,
+    training_batch,
+)
 from photon.training.stages import Stage
 from photon.training.step import StepResult, compute_loss
 
@@ -31,29 +38,12 @@ def config_of(policy: str, **pruning: Any) -> PhotonConfig:
     return micro_config(pruning={"policy": policy, "keep_ratio": RATIO, **pruning})
 
 
-def contexts_of(config: PhotonConfig) -> list[Context]:
-    """24 tokens; 8 and 6 in two volumes; none."""
-    return [
-        random_context(config, [(2, 6, 8)], seed=0),
-        random_context(config, [(2, 4, 4), (1, 4, 6)], seed=1),
-        random_context(config, [], seed=2),
-    ]
-
-
-def branches_of(config: PhotonConfig) -> list[Branch]:
-    about = [(0, 3), (1, 5), (0, 2), (2, 4), (1, 1)]
-    return [
-        random_branch(config, context, num_question=asked, num_answer=2, seed=number)
-        for number, (context, asked) in enumerate(about)
-    ]
-
-
 def kept(output: Output, branch: int) -> list[int]:
     return [] if output.schedule is None else output.schedule.kept_tokens(branch).tolist()
 
 
 def step(model: Photon, config: PhotonConfig, stage: Stage, **marks: list[int]) -> StepResult:
-    return compute_loss(model, training_batch(contexts_of(config), branches_of(config), config, **marks), stage)
+    return compute_loss(model, training_batch(ragged_contexts(config), ragged_branches(config), config, **marks), stage)
 
 
 def decided(u: list[float], **pruning: Any) -> list[bool]:
@@ -67,7 +57,7 @@ def decided(u: list[float], **pruning: Any) -> list[bool]:
 def test_a_batch_gives_what_each_branch_gives_alone(policy: str, stage: Stage) -> None:
     config = config_of(policy)
     model = micro_model(config)
-    contexts, branches = contexts_of(config), branches_of(config)
+    contexts, branches = ragged_contexts(config), ragged_branches(config)
     whole = training_batch(contexts, branches, config)
     output = model(whole.batch, "full" if stage == "warm-up" else "hard")
     loss = compute_loss(model, whole, stage).loss
@@ -84,7 +74,7 @@ def test_a_batch_gives_what_each_branch_gives_alone(policy: str, stage: Stage) -
 @pytest.mark.parametrize(("ratio", "minimum"), [(0.3, 1), (0.3, 7), (1.0, 1), (0.001, 1), (0.5, 3)])
 def test_every_volume_keeps_its_exact_share(policy: str, ratio: float, minimum: int) -> None:
     config = config_of(policy, keep_ratio=ratio, min_tokens=minimum)
-    output = micro_model(config)(pack_batch(contexts_of(config), branches_of(config), config), "hard")
+    output = micro_model(config)(pack_batch(ragged_contexts(config), ragged_branches(config), config), "hard")
     assert output.schedule is not None
     sizes = output.schedule.valid.sum(1).tolist()
     assert sizes == [24, 8, 6, 24, 8, 6]
@@ -104,7 +94,9 @@ def test_fixed_keeps_the_highest_scores_of_the_photon_policy() -> None:
     batches = []
     for policy in ("photon", "fixed"):
         config = config_of(policy)
-        batches.append(micro_model(config)(pack_batch(contexts_of(config), branches_of(config), config), "hard"))
+        batches.append(
+            micro_model(config)(pack_batch(ragged_contexts(config), ragged_branches(config), config), "hard")
+        )
     photon, fixed = (output.schedule for output in batches)
     assert photon is not None and fixed is not None
     assert torch.equal(photon.u, fixed.u) and torch.equal(photon.rho, fixed.rho)
@@ -160,7 +152,7 @@ def test_blind_means_blind_to_the_question() -> None:
     sets = {}
     for policy in RANKED:
         config = config_of(policy)
-        scan = encode_scan(micro_model(config), contexts_of(config)[0])
+        scan = encode_scan(micro_model(config), ragged_contexts(config)[0])
         asked = [random_branch(config, 0, num_question=n, seed=n).input_ids for n in (1, 3, 6, 9)]
         schedule = ask(micro_model(config), scan, asked).output.schedule
         assert schedule is not None
@@ -177,9 +169,9 @@ def test_the_blind_scores_are_made_once_a_scan(monkeypatch: pytest.MonkeyPatch) 
         return own_scores(q, k)
 
     monkeypatch.setattr("photon.model.pruning.own_scores", counting)
-    model(pack_batch(contexts_of(config), branches_of(config), config), "hard")
+    model(pack_batch(ragged_contexts(config), ragged_branches(config), config), "hard")
     assert calls == [24, 8, 6]
-    model(pack_batch(contexts_of(config), [], config), "full")
+    model(pack_batch(ragged_contexts(config), [], config), "full")
     assert calls == [24, 8, 6] * 2
 
 
@@ -200,7 +192,7 @@ def test_soft_is_hard_and_no_threshold_learns(policy: str) -> None:
 def test_a_flipped_branch_gets_the_complement(policy: str) -> None:
     config = config_of(policy)
     model = micro_model(config)
-    batch = pack_batch(contexts_of(config), branches_of(config), config)
+    batch = pack_batch(ragged_contexts(config), ragged_branches(config), config)
     flip = torch.tensor([True, False, False, False, True])
     plain, flipped = model(batch, "hard"), model(batch, "hard", flip=flip)
     assert plain.selection is not None and flipped.selection is not None
@@ -218,7 +210,7 @@ def test_all_never_prunes(stage: Stage) -> None:
         found = step(micro_model(config), config, stage, **marks)
         assert torch.equal(found.loss, expected.loss)
         assert (found.kept_fraction, found.band_loss, found.answer_loss) == (1.0, 0.0, expected.answer_loss)
-    output = micro_model(config)(pack_batch(contexts_of(config), branches_of(config), config), "hard")
+    output = micro_model(config)(pack_batch(ragged_contexts(config), ragged_branches(config), config), "hard")
     assert output.selection is None
     assert [len(kept(output, n)) for n in range(5)] == [24, 14, 24, 0, 14]
 
@@ -226,8 +218,8 @@ def test_all_never_prunes(stage: Stage) -> None:
 def test_all_answers_with_everything() -> None:
     config, photon = config_of("all"), config_of("photon")
     asked = [random_branch(config, 0, num_question=n, seed=n).input_ids for n in (2, 4)]
-    found = ask(micro_model(config), encode_scan(micro_model(config), contexts_of(config)[0]), asked)
-    scan = encode_scan(micro_model(photon), contexts_of(photon)[0])
+    found = ask(micro_model(config), encode_scan(micro_model(config), ragged_contexts(config)[0]), asked)
+    scan = encode_scan(micro_model(photon), ragged_contexts(photon)[0])
     assert torch.equal(found.logits, ask(micro_model(photon), scan, asked, keep_all=True).logits)
     assert not torch.equal(found.logits, ask(micro_model(photon), scan, asked).logits)
     assert found.output.schedule is not None and bool(found.output.schedule.keep.all())
@@ -251,7 +243,7 @@ def asked_scan(policy: str, context: int = 1) -> tuple[Photon, EncodedScan, list
     config = config_of(policy)
     model = micro_model(config)
     asked = [random_branch(config, 0, num_question=n, seed=n).input_ids for n in (2, 4, 7)]
-    return model, encode_scan(model, contexts_of(config)[context]), asked
+    return model, encode_scan(model, ragged_contexts(config)[context]), asked
 
 
 def flags(output: Output, num_tokens: int) -> Tensor:
@@ -312,7 +304,7 @@ def test_removed_is_the_complement_that_flipping_gives() -> None:
 def test_a_mixed_batch_takes_flags_as_wide_as_its_largest_prompt() -> None:
     config = config_of("photon")
     model = micro_model(config)
-    batch = pack_batch(contexts_of(config), branches_of(config), config)
+    batch = pack_batch(ragged_contexts(config), ragged_branches(config), config)
     keep = torch.rand(5, 24, generator=torch.Generator().manual_seed(1)) < 0.5
     output = model(batch, "hard", keep=keep)
     counts = [24, 14, 24, 0, 14]
@@ -331,7 +323,7 @@ def test_flags_that_do_not_fit_are_refused() -> None:
     with pytest.raises(PhotonError, match="keep flags") as caught:
         ask(model, scan, asked, keep=good, keep_all=True)
     assert caught.value.code == "GENERATION_INVALID"
-    blind = encode_scan(model, contexts_of(model.config)[2])
+    blind = encode_scan(model, ragged_contexts(model.config)[2])
     with pytest.raises(PhotonError, match="keep flags"):
         ask(model, blind, asked, keep=good)
     nothing = ask(model, blind, asked, keep=good[:, :0])
@@ -411,7 +403,7 @@ def test_p_is_the_derivative_of_the_scores() -> None:
     """By finite differences at fixed thresholds, one direction each in q, the question's k and the scan's k."""
     config = config_of("photon", saliency_gradient=True)
     model = micro_model(config)
-    batch = pack_batch(contexts_of(config), branches_of(config), config)
+    batch = pack_batch(ragged_contexts(config), ragged_branches(config), config)
     output = model(batch, "hard")
     theta = output.schedule.theta.detach() if output.schedule is not None else torch.zeros(0)
     own = output.pruning_layer[1]
