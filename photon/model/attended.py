@@ -52,13 +52,11 @@ class Sight:
     @classmethod
     def pruned(cls, looking: Tensor, layout: Layout, selection: Selection) -> Sight:
         """Of branches after pruning, each behind rows that nobody shares."""
-        lengths = list(selection.host_lengths)
-        ends = selection.lengths.cumsum(0)
-        starts = ends - selection.lengths
-        keys, is_real = padded_rows(starts_of(lengths), lengths, starts.device)
+        lengths = selection.host_lengths
+        keys, is_real = padded_rows(starts_of(lengths), lengths, selection.slots.device)
         slots = torch.where(is_real, selection.slots[keys], -1)
-        own_starts = ends - layout.own_lengths
-        return cls._of(looking, layout, own_starts, own_starts - starts, keys, is_real, slots)
+        own_starts = selection.lengths.cumsum(0) - layout.own_lengths
+        return cls._of(looking, layout, own_starts, selection.lengths - layout.own_lengths, keys, is_real, slots)
 
     @classmethod
     def _of(

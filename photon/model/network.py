@@ -258,7 +258,7 @@ class Photon(nn.Module):
                 return Output(x, rows, decision, None, None, None, context, at_pruning, attended)
             everything = select_rows(kept_tokens(decision, mode, None), batch.layout, backend=self.backend)
             layers = take_layers(context.layers, own, everything.rows, backend=self.backend)
-            return Output(x, rows, decision, None, layers, everything.host_lengths, context, at_pruning)
+            return Output(x, rows, decision, None, layers, everything.host_lengths, context, at_pruning, attended)
 
         selection = select_rows(kept_tokens(decision, mode, flip), batch.layout, backend=self.backend)
         pruned = take_rows(
@@ -276,7 +276,7 @@ class Photon(nn.Module):
         if not with_layers:
             return Output(x, selection.branch_rows, decision, selection, None, None, context, at_pruning, attended)
         layers, lengths = (*pruned.layers, *late), selection.host_lengths
-        return Output(x, selection.branch_rows, decision, selection, layers, lengths, context, at_pruning)
+        return Output(x, selection.branch_rows, decision, selection, layers, lengths, context, at_pruning, attended)
 
     def _run_pruned(
         self, pruned: EncodedRows, lengths: Sequence[int], *, with_layers: bool, sight: Sight | None
