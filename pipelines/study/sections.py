@@ -16,7 +16,7 @@ from pipelines.study.cells import card, distance, p_value, points, seed_values
 from pipelines.study.figures import History, accuracy_over_tokens, shares_by_row, variant_curves
 
 WHAT_IT_IS = {
-    "photon": "a threshold for every question, from scores that learn from the task",
+    "photon": "a threshold for every question, from scores that learn from later attention and the task",
     "published": "the same as published: no gradient reaches the scores",
     "all": "every token",
     "fixed": "the same number of highest scores for every question",
