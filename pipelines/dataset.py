@@ -99,6 +99,8 @@ class Draw:
         max_shift: voxels along z, y, x by which a volume may move, as if the patient lay elsewhere.
         robust_probability: odds that a scan is spoilt (robustness objective).
         flip_probability: odds that a branch's keep mask is inverted while flips are on.
+        whole_probability: odds that a branch keeps every token in the hard stage, so that what it looks at teaches the
+            scores of tokens that would have been dropped.
     """
 
     scans_per_step: int
@@ -106,6 +108,7 @@ class Draw:
     max_shift: tuple[int, int, int]
     robust_probability: float
     flip_probability: float
+    whole_probability: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,8 @@ class BatchSource:
         odds = self.draw.flip_probability if with_flips else 0.0
         num_branches = [len(scan.branches) for scan in drawn]
         flips = (torch.rand(sum(num_branches), generator=generator) < odds).split(num_branches)
-        return [self._packed(drawn[n::count], flips[n::count]) for n in numbers if n < len(drawn)]
+        wholes = (torch.rand(sum(num_branches), generator=generator) < self.draw.whole_probability).split(num_branches)
+        return [self._packed(drawn[n::count], flips[n::count], wholes[n::count]) for n in numbers if n < len(drawn)]
 
     def with_draw(self, draw: Draw) -> BatchSource:
         """The same scans drawn otherwise; what a tower encoded is shared. Raises as the constructor does."""
@@ -195,7 +199,7 @@ class BatchSource:
             branches = [Branch(0, *tokens) for _, own in mine for tokens in own]
             nothing = torch.zeros(len(branches), dtype=torch.bool)
             packed = pack_batch([empty_context(self.config)], branches, self.config)
-            items.append(TrainingBatch(packed, nothing, nothing, tuple(self._name(index) for index, _ in mine)))
+            items.append(TrainingBatch(packed, nothing, nothing, None, tuple(self._name(index) for index, _ in mine)))
         return items
 
     def _generator(self, step: int) -> torch.Generator:
@@ -221,7 +225,7 @@ class BatchSource:
             context = self._spoilt(index, shift, generator) if is_spoilt else partial(self._clean, index, shift)
             return _DrawnScan(self._name(index), context, is_spoilt, self._drawn(self._branches[index], generator))
 
-    def _packed(self, drawn: Sequence[_DrawnScan], flips: Sequence[Tensor]) -> TrainingBatch:
+    def _packed(self, drawn: Sequence[_DrawnScan], flips: Sequence[Tensor], wholes: Sequence[Tensor]) -> TrainingBatch:
         contexts, branches = [], []
         for place, scan in enumerate(drawn):
             with naming([scan.name], "reading"):
@@ -229,9 +233,10 @@ class BatchSource:
             branches += [Branch(place, *tokens) for tokens in scan.branches]
         is_perturbed = torch.tensor([scan.is_spoilt for scan in drawn for _ in scan.branches])
         is_flipped = torch.cat(list(flips)) & ~is_perturbed
+        is_whole = torch.cat(list(wholes)) & ~is_perturbed & ~is_flipped
         names = tuple(scan.name for scan in drawn)
         with naming(names, "packing"):
-            return TrainingBatch(pack_batch(contexts, branches, self.config), is_perturbed, is_flipped, names)
+            return TrainingBatch(pack_batch(contexts, branches, self.config), is_perturbed, is_flipped, is_whole, names)
 
     def _name(self, index: int) -> str:
         return self.scans[index].questions[0].scan_id

@@ -7,7 +7,7 @@ import os
 import platform
 import socket
 import subprocess
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,17 +15,22 @@ PROJECT = Path(__file__).resolve().parents[1]
 KEY_PACKAGES = ("torch", "numpy", "nibabel", "polars", "onnx", "onnxruntime-gpu", "mlflow", "prefect", "dvc")
 
 
-@lru_cache(maxsize=1)
-def source_digest() -> str:
+@cache
+def source_digest(without: tuple[str, ...] = ()) -> str:
     """First 16 hex digits of the SHA-256 over the source files of ``photon`` and ``pipelines``.
 
     Stages compare it to know whether an earlier result came from the same code.
+
+    Args:
+        without: files left out, as paths from the project's root with slashes.
     """
     digest = hashlib.sha256()
     for package in ("photon", "pipelines"):
         for source in sorted((PROJECT / package).rglob("*.py")):
-            digest.update(str(source.relative_to(PROJECT)).encode())
-            digest.update(source.read_bytes())
+            name = source.relative_to(PROJECT).as_posix()
+            if name not in without:
+                digest.update(name.encode())
+                digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -70,6 +70,7 @@ class Job:
         inputs: Mapping[str, Any],
         outputs: Sequence[Path] = (),
         scratch: Sequence[Path] = (),
+        other_code: tuple[str, ...] = (),
     ) -> AnyRecord:
         """Do a stage in its own MLflow run, or take its record when nothing has changed since.
 
@@ -81,8 +82,9 @@ class Job:
             outputs: files and folders whose bytes must be as the stage left them.
             scratch: files and folders to delete before a start from other inputs; with the same inputs an
                 interrupted stage finds what it had.
+            other_code: source files that have no part in the result, see :func:`source_digest`.
         """
-        key = _digest({"inputs": inputs, "code": source_digest()})
+        key = _digest({"inputs": inputs, "code": source_digest(other_code)})
         known = self.entries.get(name, {})
         is_same = known.get("key") == key
         target = self.folder / "records" / f"{name}.json"

@@ -140,6 +140,7 @@ class Photon(nn.Module):
         mode: Mode,
         *,
         flip: Tensor | None = None,
+        whole: Tensor | None = None,
         detach: Tensor | None = None,
         keep: Tensor | None = None,
         with_layers: bool = False,
@@ -153,6 +154,7 @@ class Photon(nn.Module):
                 dropped rows, with surrogate gradients. A policy may know fewer of these, see
                 :func:`photon.model.pruning.effective_mode`.
             flip: bool [B] branches whose keep mask is inverted (the flip objective), "hard" only.
+            whole: bool [B] branches that keep every token all the same, "hard" only.
             detach: bool [B] branches whose loss must not reach the keep probabilities.
             keep: bool [B, N] visual tokens that go on whatever the policy says, "hard" only; see
                 :func:`photon.model.pruning.forced`.
@@ -171,6 +173,7 @@ class Photon(nn.Module):
             state,
             mode,
             flip=flip,
+            whole=whole,
             detach=detach,
             keep=keep,
             with_layers=with_layers,
@@ -206,6 +209,7 @@ class Photon(nn.Module):
         mode: Mode,
         *,
         flip: Tensor | None = None,
+        whole: Tensor | None = None,
         detach: Tensor | None = None,
         keep: Tensor | None = None,
         with_layers: bool = False,
@@ -256,11 +260,13 @@ class Photon(nn.Module):
             rows = torch.arange(x.shape[0], device=x.device)
             if not with_layers:
                 return Output(x, rows, decision, None, None, None, context, at_pruning, attended)
-            everything = select_rows(kept_tokens(decision, mode, None), batch.layout, backend=self.backend)
+            going_on = None if decision is None else decision.valid
+            everything = select_rows(going_on, batch.layout, backend=self.backend)
             layers = take_layers(context.layers, own, everything.rows, backend=self.backend)
             return Output(x, rows, decision, None, layers, everything.host_lengths, context, at_pruning, attended)
 
-        selection = select_rows(kept_tokens(decision, mode, flip), batch.layout, backend=self.backend)
+        going_on = None if decision is None else kept_tokens(decision, mode, flip, whole)
+        selection = select_rows(going_on, batch.layout, backend=self.backend)
         pruned = take_rows(
             context if with_layers else replace(context, layers=()),
             EncodedRows(x, table, tuple(own)),

@@ -153,15 +153,17 @@ def _of_pairs(scores: Tensor, layout: Layout) -> Tensor:
     return torch.where(valid, scores[torch.where(valid, layout.pair_starts[:, None] + columns, 0)], 0.0)
 
 
-def kept_tokens(decision: Schedule | None, mode: Mode, flip: Tensor | None) -> Tensor | None:
-    """Visual tokens [S, N] that go on: all while soft, the kept ones, or for the branches in ``flip`` the others."""
-    if decision is None:
-        return None
+def kept_tokens(decision: Schedule, mode: Mode, flip: Tensor | None = None, whole: Tensor | None = None) -> Tensor:
+    """Visual tokens [S, N] that go on: all while soft, else the kept ones; for the branches in ``flip`` the others, for
+    those in ``whole`` all."""
     if mode != "hard":
         return decision.valid
-    if flip is None:
-        return decision.keep
-    return torch.where(flip[decision.branch][:, None], decision.valid & ~decision.keep, decision.keep)
+    keep = decision.keep
+    if flip is not None:
+        keep = torch.where(flip[decision.branch][:, None], decision.valid & ~keep, keep)
+    if whole is not None:
+        keep = torch.where(whole[decision.branch][:, None], decision.valid, keep)
+    return keep
 
 
 def take_rows(

@@ -11,7 +11,7 @@ from photon import objectives
 from photon.config import PhotonConfig
 from photon.model.network import Photon
 from photon.model.packing import Branch, Context, PackedBatch, pack_batch
-from photon.model.pruning import Mode, effective_mode
+from photon.model.pruning import Mode, effective_mode, kept_tokens
 from photon.ops.selection.op import Selection
 from photon.scheduling import Schedule
 from photon.training.stages import MODES, Stage
@@ -25,12 +25,15 @@ class TrainingBatch:
         batch: contexts and branches.
         is_perturbed: bool [B] branches on a spoilt scan (robustness objective).
         is_flipped: bool [B] branches whose keep mask is inverted (flip objective).
+        is_whole: bool [B] branches that keep every token in the hard stage, so that what they look at also teaches the
+            scores of tokens that would have been dropped; None: no branch.
         names: ids of the scans, for messages.
     """
 
     batch: PackedBatch
     is_perturbed: Tensor
     is_flipped: Tensor
+    is_whole: Tensor | None = None
     names: tuple[str, ...] = ()
 
     @property
@@ -40,8 +43,9 @@ class TrainingBatch:
 
     def to(self, device: torch.device | str) -> TrainingBatch:
         """The batch with every tensor on ``device``."""
+        whole = None if self.is_whole is None else self.is_whole.to(device)
         return TrainingBatch(
-            self.batch.to(device), self.is_perturbed.to(device), self.is_flipped.to(device), self.names
+            self.batch.to(device), self.is_perturbed.to(device), self.is_flipped.to(device), whole, self.names
         )
 
 
@@ -127,13 +131,16 @@ def compute_loss(model: Photon, item: TrainingBatch, stage: Stage) -> StepResult
     is_flipped = item.is_flipped if pruning.prunes else torch.zeros_like(item.is_flipped)
     is_disturbed = item.is_perturbed | is_flipped
     flip = is_flipped if mode == "hard" else None
+    whole = item.is_whole if mode == "hard" else None
+    # What was not pruned says nothing about the threshold.
+    detach = is_disturbed if whole is None else is_disturbed | whole
     rows, targets, branch = objectives.answer_targets(batch)
     looking = None
     if pruning.distillation_weight > 0:
         # To end a turn nobody looks anywhere.
         says_something = rows[targets != model.config.eos_token_id]
         looking = torch.zeros_like(batch.labels, dtype=torch.bool).index_fill_(0, says_something, True)
-    output = model(batch, mode, flip=flip, detach=is_disturbed, looking=looking)
+    output = model(batch, mode, flip=flip, whole=whole, detach=detach, looking=looking)
 
     logits = model.logits(output.hidden[output.branch_rows[rows]]).float()
     answer = objectives.answer_loss(logits, targets)
@@ -151,9 +158,8 @@ def compute_loss(model: Photon, item: TrainingBatch, stage: Stage) -> StepResult
         loss = loss + pruning.band_weight * band
     if output.attended is not None and output.schedule is not None:
         schedule = output.schedule
-        apart = objectives.distillation_loss(
-            schedule.u, output.attended, schedule.keep if mode == "hard" else schedule.valid
-        )
+        seen = kept_tokens(schedule, mode, flip, whole)
+        apart = objectives.distillation_loss(schedule.u, output.attended, seen)
         of_branch = objectives.mean_by_branch(apart, schedule.branch, num_branches)
         distillation = torch.where(is_disturbed, 0.0, of_branch).mean()
         loss = loss + pruning.distillation_weight * distillation

@@ -30,6 +30,8 @@ class PhantomVqaSpec:
     """The same for the distance of slices."""
     rare_fraction: float = 0.12
     """Share of patients with each rare finding; as many without it are asked about it, and nobody else is."""
+    rare_test_fraction: float = 0.5
+    """The same among the test patients: recall of what training has seldom shown wants many of them."""
     size_spread: float = 0.14
     """Organs' edges vary by this much either way."""
     seed: int = 0
@@ -48,7 +50,7 @@ PHANTOM_VQA_SPECS = {
     "vqa-small": PhantomVqaSpec(
         num_train=400,
         num_val=32,
-        num_test=100,
+        num_test=200,
         volumes="vqa-small",
         in_plane_tenths_mm=(30, 38),
         slice_tenths_mm=(32, 44),
@@ -93,12 +95,14 @@ class Subject:
 
 def plan_cohort(spec: PhantomVqaSpec) -> list[Subject]:
     """All patients. Within a split every finding and trait holds for half of them, each rare finding for
-    ``rare_fraction`` of them (at least one), and as many others are asked about it."""
+    ``rare_fraction`` (in the test split ``rare_test_fraction``) of them, at least one, and as many others are asked
+    about it."""
     subjects: list[Subject] = []
     for index, (split, count) in enumerate((("train", spec.num_train), ("val", spec.num_val), ("test", spec.num_test))):
         random = np.random.RandomState([spec.seed, index, 17])
         halves = {name: random.permutation(count) < (count + 1) // 2 for name in FINDINGS + TRAITS}
-        num_rare = max(int(count * spec.rare_fraction + 0.5), 1)
+        fraction = spec.rare_test_fraction if split == "test" else spec.rare_fraction
+        num_rare = max(int(count * fraction + 0.5), 1)
         ranks = {name: random.permutation(count) for name in RARE_FINDINGS}
         for patient in range(count):
             number = len(subjects) + 1

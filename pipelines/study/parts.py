@@ -24,6 +24,8 @@ from pipelines.train_history import read_history
 from pipelines.train_spec import TrainSpec
 
 ANSWERS = "answers.parquet"
+OTHER_CODE = tuple(f"pipelines/study/{name}.py" for name in ("variants", "analysis", "report", "sections", "figures"))
+"""Settings, whose values are among a part's inputs, and what is made of finished parts: a change redoes no part."""
 log = logging.getLogger("photon.study")
 
 
@@ -190,6 +192,7 @@ class StudyParts:
             inputs={**inputs, "data_version": self.version},
             outputs=outputs,
             scratch=[folder],
+            other_code=OTHER_CODE,
         )
         self.progress.finish(name)
         return record

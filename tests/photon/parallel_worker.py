@@ -67,7 +67,7 @@ def pack(step: int, places: Sequence[int], with_flips: bool = False, with_scans:
     perturbed = [i for i, (place, _) in enumerate(owners) if place == 1 and step % 3 == 0]
     flipped = [i for i, owner in enumerate(owners) if owner == (3, 0) and with_flips]
     item = training_batch(contexts, branches, CONFIG, perturbed=perturbed, flipped=flipped)
-    return TrainingBatch(item.batch, item.is_perturbed, item.is_flipped, tuple(f"scan-{place}" for place in places))
+    return dataclasses.replace(item, names=tuple(f"scan-{place}" for place in places))
 
 
 @mock.patch.object(loop, "build_optimiser", build_steady)
