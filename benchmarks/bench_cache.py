@@ -2,8 +2,8 @@
 
 The volumes are a generated CT, and with --scans the largest .nii.gz of a folder, on the 364 x 364 x 364 grid of 1 mm.
 Every format is written to disk and synced, and read back from the memory in which the system keeps files; one thread.
-The sha256 of what is stored is timed by itself; a verified read costs both. zarr is measured where it is installed
-(`pip install '.[bench]'`).
+The sha256 of what is stored is timed by itself; a verified read costs both. blosc2's own arrays and zarr are measured
+where they are installed (`pip install '.[bench]'`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import blosc2
 import numpy as np
+from numcodecs import blosc
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_volumes import real_scans
@@ -37,6 +37,7 @@ REPEATS = 5
 BLOCK_KIB = (128,)
 CODECS = {"lz4": (1, 5, 9), "zstd": (1, 3)}
 CHUNK, BLOCK = 128, 32
+LIBRARIES = ("numcodecs", "blosc2", "zarr")
 
 
 class Raw:
@@ -66,18 +67,12 @@ class Slabs:
     """One compressed piece for every 14 planes, one after another."""
 
     def __init__(self, codec: str, level: int, filter: str, block_kib: int) -> None:
-        self.options = {
-            "typesize": 2,
-            "codec": blosc2.Codec[codec.upper()],
-            "clevel": level,
-            "filters": [blosc2.Filter[filter.upper()]],
-            "blocksize": block_kib << 10,
-            "nthreads": 1,
-        }
+        blosc.use_threads = False
+        self.options = (codec.encode(), level, getattr(blosc, filter.upper()), block_kib << 10)
 
     def write(self, voxels: np.ndarray, path: Path) -> None:
         packed = [
-            blosc2.compress2(voxels[start : start + PATCH], **self.options) for start in range(0, len(voxels), PATCH)
+            blosc.compress(voxels[start : start + PATCH], *self.options) for start in range(0, len(voxels), PATCH)
         ]
         sizes = np.array([len(voxels), *voxels.shape[1:], *map(len, packed)], "<i8")
         path.write_bytes(len(packed).to_bytes(8, "little") + sizes.tobytes() + b"".join(packed))
@@ -92,7 +87,7 @@ class Slabs:
         voxels = np.empty(((last - first) * PATCH, height, width), np.int16)
         for number in range(first, last):
             place = voxels[(number - first) * PATCH :][:PATCH]
-            blosc2.decompress2(content[offset : offset + lengths[number]], dst=place, nthreads=1)
+            blosc.decompress(content[offset : offset + lengths[number]], place)
             offset += lengths[number]
         return voxels[begin - first * PATCH : end - first * PATCH][(slice(None), *crop[1:])]
 
@@ -101,10 +96,14 @@ class Blosc2Array:
     """blosc2's own file, in chunks and blocks of cubes."""
 
     def write(self, voxels: np.ndarray, path: Path) -> None:
+        import blosc2
+
         options = {"codec": blosc2.Codec.LZ4, "clevel": 5, "filters": [blosc2.Filter.BITSHUFFLE], "nthreads": 1}
         blosc2.asarray(voxels, urlpath=str(path), mode="w", cparams=options, chunks=(CHUNK,) * 3, blocks=(BLOCK,) * 3)
 
     def read(self, path: Path, crop: tuple[slice, ...]) -> np.ndarray:
+        import blosc2
+
         return blosc2.open(str(path), mode="r", dparams={"nthreads": 1})[crop]
 
 
@@ -137,7 +136,7 @@ def main() -> None:
         generated = Path(folder) / "generated.nii.gz"
         write_generated_scan(generated)
         scans = [generated, *(real_scans(arguments.scans, arguments.max_scans) if arguments.scans else [])]
-        content = {"libraries": {name: version(name) for name in ("blosc2", "zarr") if importlib.util.find_spec(name)}}
+        content = {"libraries": {name: version(name) for name in LIBRARIES if importlib.util.find_spec(name)}}
         content["volumes"] = [measure_scan(path, Path(folder)) for path in scans]  # type: ignore[assignment]
     write_results("cache", content)
 
@@ -150,7 +149,8 @@ def formats() -> dict[str, Any]:
             for filter in ("shuffle", "bitshuffle"):
                 for block in BLOCK_KIB:
                     found[f"slabs {codec}-{level} {filter} {block} KiB"] = Slabs(codec, level, filter, block)
-    found["b2nd lz4-5 bitshuffle"] = Blosc2Array()
+    if importlib.util.find_spec("blosc2"):
+        found["b2nd lz4-5 bitshuffle"] = Blosc2Array()
     if importlib.util.find_spec("zarr"):
         found["zarr lz4-5 bitshuffle"] = Zarr()
     return found

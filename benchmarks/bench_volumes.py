@@ -33,7 +33,7 @@ from pipelines.grids import VOLUME_SPECS, aligned_taps, frame_of, is_aligned
 from pipelines.scans.scan import Scan, read_scan
 
 NEEDS = {"simpleitk": "SimpleITK", "monai": "monai", "monai_onto_grid": "monai", "torchio": "torchio"}
-LIBRARIES = ("numba", "blosc2", "isal", "SimpleITK", "monai", "torchio")
+LIBRARIES = ("numba", "numcodecs", "isal", "SimpleITK", "monai", "torchio")
 SECONDS_A_JOB = 20.0
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": "1"}
 EDGE = 2

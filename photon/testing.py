@@ -141,13 +141,14 @@ def training_batch(
     *,
     perturbed: Sequence[int] = (),
     flipped: Sequence[int] = (),
+    whole: Sequence[int] = (),
 ) -> TrainingBatch:
-    """Pack contexts and branches for training; ``perturbed`` and ``flipped`` name branches by number."""
+    """Pack contexts and branches for training; ``perturbed``, ``flipped`` and ``whole`` name branches by number."""
     numbers = torch.arange(len(branches))
-    is_bad, is_flipped = (
-        torch.isin(numbers, torch.tensor(list(chosen), dtype=torch.long)) for chosen in (perturbed, flipped)
+    is_bad, is_flipped, is_whole = (
+        torch.isin(numbers, torch.tensor(list(chosen), dtype=torch.long)) for chosen in (perturbed, flipped, whole)
     )
-    return TrainingBatch(pack_batch(contexts, branches, config), is_bad, is_flipped)
+    return TrainingBatch(pack_batch(contexts, branches, config), is_bad, is_flipped, is_whole)
 
 
 def ragged_layouts() -> dict[str, Layout]:

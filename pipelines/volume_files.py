@@ -22,6 +22,8 @@ from pipelines.grids import VolumeSpec
 from pipelines.voxel_codec import MAX_PACKED_BYTES, num_slabs_of, pack_slabs, slabs_of, unpack
 
 METADATA_KEY = "photon"
+FORM = 3
+"""Of the files: another codec or layout is another number, and a file of another one is made again."""
 DIGEST_BYTES = 32
 MAKE_AGAIN = "Run `photon preprocess` again."
 
@@ -68,7 +70,13 @@ def write_slabs(
 ) -> VolumeRecord:
     """As :func:`write_volume`, from slabs of 14 planes, int16, contiguous and little endian; neither they nor what they
     are packed into are held longer than it takes."""
-    content = {"spec": spec.as_dict(), "spec_digest": spec.digest(), "affine": affine.tolist(), "metadata": metadata}
+    content = {
+        "form": FORM,
+        "spec": spec.as_dict(),
+        "spec_digest": spec.digest(),
+        "affine": affine.tolist(),
+        "metadata": metadata,
+    }
     text = json.dumps(content, sort_keys=True, allow_nan=False)
     num_slabs = num_slabs_of(spec.shape)
     room = len(_header([MAX_PACKED_BYTES] * num_slabs, text))
@@ -135,6 +143,8 @@ def _open_volume(path: Path, spec: VolumeSpec | None) -> tuple[VolumeRecord, lis
             raise ValueError("its bytes do not have the checksum at its end, or an older version wrote it")
         header = json.loads(bytes(content[8:begin]))
         stored = json.loads(header["__metadata__"][METADATA_KEY])
+        if stored.get("form") != FORM:
+            raise ValueError("another version wrote it")
         ends = [header[name]["data_offsets"] for name in sorted(header) if name.startswith("slab")]
         record = VolumeRecord(
             spec=VolumeSpec.from_dict(stored["spec"]),

@@ -1,13 +1,15 @@
-"""Voxels of a volume as compressed slabs: the only module that knows blosc2.
+"""Voxels of a volume as compressed slabs: the only module that knows numcodecs.
 
-A slab is 14 planes, the depth of a patch. Bits are shuffled (all lowest bits first) and packed by LZ4; the choice is
-from measurement (docs/decisions.md). Number of threads and size of blocks are fixed, so that the same voxels give the
-same bytes on every machine. The library is loaded when the first volume is.
+A slab is 14 planes, the depth of a patch. Bits are shuffled (all lowest bits first) and packed by LZ4 in a buffer of
+blosc; the choice is from measurement (docs/decisions.md). Number of threads and size of blocks are fixed, so that the
+same voxels give the same bytes on every machine. The library is loaded when the first volume is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from types import ModuleType
 
 import numpy as np
 
@@ -15,33 +17,18 @@ from pipelines.grids import PATCH
 
 LEVEL = 5
 BLOCK_BYTES = 1 << 17
-MAX_PACKED_BYTES = 1 << 31
-"""blosc2 packs no more at once."""
+MAX_PACKED_BYTES = (1 << 31) - 17
+"""blosc packs no more at once."""
 
 
 def pack_slabs(slabs: Iterable[np.ndarray]) -> Iterator[bytes]:
     """int16 [planes, Y, X], contiguous and little endian -> its compressed bytes, one slab after another.
 
-    All but the last have the size of the first. A slab is packed before the next one is asked for.
+    A slab is packed before the next one is asked for.
     """
-    import blosc2
-
-    options = {
-        "typesize": 2,
-        "codec": blosc2.Codec.LZ4,
-        "clevel": LEVEL,
-        "filters": [blosc2.Filter.BITSHUFFLE],
-        "blocksize": BLOCK_BYTES,
-        "nthreads": 1,
-    }
-    packer = None
+    blosc = _blosc()
     for slab in slabs:
-        # One that is kept spares the memory that `compress2` takes, clears and copies for every slab.
-        if packer is None:
-            packer = blosc2.SChunk(chunksize=slab.nbytes, cparams=options)
-        packer.append_data(slab)
-        yield packer.get_chunk(0)
-        packer.delete_chunk(0)
+        yield blosc.compress(slab, b"lz4", LEVEL, blosc.BITSHUFFLE, BLOCK_BYTES)
 
 
 def unpack(packed: Sequence[bytes | memoryview], shape: tuple[int, int, int]) -> np.ndarray:
@@ -50,21 +37,31 @@ def unpack(packed: Sequence[bytes | memoryview], shape: tuple[int, int, int]) ->
     Raises:
         ValueError: they are not the slabs of a volume of this shape.
     """
-    import blosc2
-
+    blosc = _blosc()
     voxels = np.empty(shape, "<i2")
     slabs = slabs_of(voxels)
     if len(packed) != len(slabs):
         raise ValueError(f"{len(packed)} slabs instead of {len(slabs)}")
     for source, slab in zip(packed, slabs, strict=True):
+        # The library believes what the header says: hold it against what is there and what it is for.
+        num_bytes, num_packed = (int.from_bytes(source[first : first + 4], "little") for first in (4, 12))
+        if (num_bytes, num_packed) != (slab.nbytes, len(source)):
+            fact = f"{len(source)} packed bytes for {slab.nbytes} that say they are {num_packed} for {num_bytes}"
+            raise ValueError(fact)
         try:
-            num_bytes = blosc2.get_cbuffer_sizes(source)[0]
-            if num_bytes != slab.nbytes:
-                raise ValueError(f"a slab of {num_bytes} bytes instead of {slab.nbytes}")
-            blosc2.decompress2(source, dst=slab, nthreads=1)
+            blosc.decompress(source, slab)
         except RuntimeError as error:
             raise ValueError(f"a slab cannot be unpacked: {error}") from error
     return voxels
+
+
+@cache
+def _blosc() -> ModuleType:
+    from numcodecs import blosc
+
+    # Several threads would write the blocks of a slab in the order in which they finish.
+    blosc.use_threads = False
+    return blosc
 
 
 def num_slabs_of(shape: tuple[int, int, int]) -> int:

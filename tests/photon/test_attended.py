@@ -155,3 +155,33 @@ def test_what_is_disturbed_teaches_nothing() -> None:
         )
         losses.append(float(compute_loss(micro_model(config), item, "hard").loss.detach()))
     assert losses[0] == losses[1]
+
+
+def test_questions_that_keep_everything_in_the_hard_stage_are_as_in_warm_up() -> None:
+    config = micro_config(pruning={"distillation_weight": 1.0, "band_weight": 0.0})
+    contexts, branches = ragged_contexts(config), ragged_branches(config)
+    losses = []
+    for stage, whole in (("warm-up", ()), ("hard", range(len(branches))), ("hard", ())):
+        model = micro_model(config)
+        result = compute_loss(model, training_batch(contexts, branches, config, whole=whole), stage)
+        result.loss.backward()  # type: ignore[no-untyped-call]
+        gradients = [parameter.grad for parameter in model.model.predictor.parameters()]
+        # What was not pruned does not move the threshold.
+        moved = any(gradient is not None and bool(gradient.any()) for gradient in gradients)
+        assert moved == (stage == "hard" and not whole)
+        losses.append(result.loss.detach())
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+    assert not torch.isclose(losses[2], losses[0], rtol=1e-4)
+
+
+def test_a_question_that_keeps_everything_changes_no_other() -> None:
+    config = micro_config(pruning={"distillation_weight": 1.0})
+    model = micro_model(config)
+    contexts, branches = ragged_contexts(config), ragged_branches(config)
+    together = compute_loss(model, training_batch(contexts, branches, config, whole=[1, 3]), "hard").loss
+    losses = []
+    for number, branch in enumerate(branches):
+        alone = [Branch(0, branch.input_ids, branch.labels)]
+        item = training_batch([contexts[branch.context]], alone, config, whole=[0] if number in (1, 3) else [])
+        losses.append(compute_loss(model, item, "hard").loss)
+    torch.testing.assert_close(together, torch.stack(losses).mean(), rtol=1e-5, atol=1e-6)

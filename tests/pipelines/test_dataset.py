@@ -95,11 +95,29 @@ def test_disturbed_branches(scans: list[LabelledScan], prompter: Prompter, confi
     items = [drawn.batch(step, True) for step in range(20)]
     perturbed = torch.stack([item.is_perturbed for item in items])
     flipped = torch.stack([item.is_flipped for item in items])
+    assert not any(bool(item.is_whole.any()) for item in items if item.is_whole is not None)
     assert torch.equal(perturbed[:, 0], perturbed[:, 2]), "a spoilt scan is spoilt for all its questions"
     assert 0 < int(perturbed.sum()) < perturbed.numel() and bool(flipped.any())
     assert not bool((perturbed & flipped).any())
     calm = source(scans, prompter, config, robust_probability=0.0)
     assert not any(bool(calm.batch(step, True).is_perturbed.any()) for step in range(10))
+
+
+def test_some_branches_keep_everything(scans: list[LabelledScan], prompter: Prompter, config: PhotonConfig) -> None:
+    without = source(scans, prompter, config)
+    drawn = source(scans, prompter, config, whole_probability=0.5)
+    wholes, others = [], []
+    for step in range(12):
+        item = drawn.batch(step, with_flips=True)
+        assert item.is_whole is not None
+        wholes.append(item.is_whole)
+        others.append(item.is_perturbed | item.is_flipped)
+        assert same(
+            dataclasses.replace(item, is_whole=None), dataclasses.replace(without.batch(step, True), is_whole=None)
+        )
+    whole, other = torch.stack(wholes), torch.stack(others)
+    assert 0.2 < float(whole[~other].float().mean()) < 0.8
+    assert not bool((whole & other).any())
 
 
 @pytest.mark.parametrize(("per_step", "num_steps"), [(1, 8), (2, 4), (4, 2), (8, 1), (99, 1)])

@@ -95,7 +95,8 @@ def test_cohorts_are_balanced(name: str) -> None:
             have = {s.scan_id for s in own if s.rare[rare]}
             asked = {s.scan_id for s in own if rare in s.asked}
             assert have <= asked and len(asked) == 2 * len(have)
-            assert abs(len(have) - count * spec.rare_fraction) < 1
+            fraction = spec.rare_test_fraction if split == "test" else spec.rare_fraction
+            assert abs(len(have) - count * fraction) < 1
 
 
 def test_answers_agree_with_the_plan(cohort: list[tuple[Subject, list[Question]]]) -> None:

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from photon.errors import PhotonError
+from pipelines import volume_files
 from pipelines.files import write_bytes
 from pipelines.grids import PATCH, VolumeSpec
 from pipelines.volume_files import (
@@ -182,6 +183,18 @@ def test_a_volume_of_an_older_version_is_told_apart(tmp_path: Path) -> None:
         read_volume_record(path)
 
 
+def test_a_volume_of_another_form_is_told_apart_before_it_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checksum is right, so preprocessing would call it usable and training would stumble over it."""
+    path = tmp_path / "a.safetensors"
+    monkeypatch.setattr(volume_files, "FORM", 2)
+    write_volume(make_volume(), path)
+    monkeypatch.undo()
+    with pytest.raises(PhotonError, match="VOLUME_CORRUPT.*another version"):
+        read_volume_record(path)
+
+
 def test_parts_are_written_one_after_another(tmp_path: Path) -> None:
     write_bytes(tmp_path / "a", b"one", memoryview(b"two"))
     assert (tmp_path / "a").read_bytes() == b"onetwo"
@@ -195,5 +208,25 @@ def test_slabs_hold_any_number_of_planes(planes: int) -> None:
     assert np.array_equal(unpack(packed, voxels.shape), voxels)
     with pytest.raises(ValueError, match="slab"):
         unpack(packed[:-1], voxels.shape)
-    with pytest.raises(ValueError):
-        unpack([packed[0][:20], *packed[1:]], voxels.shape)
+    other = list(pack_slabs(slabs_of(voxels[:, 1:].copy())))
+    cut = [packed[0][:length] for length in (0, 3, 20, len(packed[0]) - 1)]
+    # What the header says is believed by the library: 0 voxels, or more bytes than there are.
+    lies = [packed[0][:place] + bytes(4) + packed[0][place + 4 :] for place in (4, 12)]
+    for first in (*cut, *lies, packed[0] + b"!", other[0]):
+        with pytest.raises(ValueError, match="bytes for"):
+            unpack([first, *packed[1:]], voxels.shape)
+
+
+def test_damage_inside_a_slab_never_ends_the_process() -> None:
+    """A file's hash finds it before a slab is unpacked; without the hash it may give wrong voxels or an error."""
+    voxels = np.random.default_rng(0).integers(0, 300, (14, 40, 40)).astype(np.int16)
+    packed = next(pack_slabs([voxels]))
+    num_refused = 0
+    for place in range(len(packed)):
+        damaged = bytearray(packed)
+        damaged[place] ^= 0xFF
+        try:
+            unpack([bytes(damaged)], voxels.shape)
+        except ValueError:
+            num_refused += 1
+    assert num_refused > 20
