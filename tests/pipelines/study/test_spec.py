@@ -54,8 +54,11 @@ def test_a_warm_up_of_its_own_ends_where_the_shared_one_did(alignment: int) -> N
 
 def test_policies_differ_in_nothing_but_the_policy() -> None:
     spec = StudySpec.preset("small")
-    plain = [dataclasses.replace(spec.training(variant, 0), pruning={}) for variant in spec.variants]
-    assert all(training == plain[0] for training in plain)
+    plain = {variant.name: dataclasses.replace(spec.training(variant, 0), pruning={}) for variant in spec.variants}
+    published = plain.pop("published")
+    assert all(training == plain["photon"] for training in plain.values())
+    assert dataclasses.replace(published, pruned_draw=plain["photon"].pruned_draw) == plain["photon"]
+    assert published.pruned_draw.whole_probability == 0.0, "nobody keeps everything as published"
     assert {variant.policy for variant in spec.variants} == {
         "photon",
         "all",
