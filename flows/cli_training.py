@@ -90,6 +90,13 @@ def train(
             help="Keep the vision tower as its pretraining or the checkpoint left it; scans are encoded once.",
         ),
     ] = False,
+    method: Annotated[
+        Literal["learnt", "published"] | None,
+        typer.Option(
+            help="learnt: attention of later layers teaches scores where to look (docs/evidence.md); published: as in "
+            "the paper. Default learnt; published with --start-from and for policies without a threshold."
+        ),
+    ] = None,
     pruning: Annotated[
         list[str] | None,
         typer.Option(help="Setting of the pruning, name=value, e.g. policy=fixed or keep_ratio=0.35; repeatable."),
@@ -139,6 +146,7 @@ def train(
     if evidence_margin is not None:
         switch = WarmUpSwitch(margin=evidence_margin, patience=evidence_patience)
     is_planned = steps is not None or stages is not None
+    settings = parse_settings(pruning or [])
     plain = TrainSpec.preset(preset, freeze_vision=freeze_vision)
     spec = TrainSpec.preset(
         preset,
@@ -151,10 +159,11 @@ def train(
         schedule=parse_stages(stages, steps, plain.schedule) if is_planned else None,
         learning_rate=learning_rate,
         freeze_vision=freeze_vision,
+        method=method,
+        pruning=settings,
     )
     spec = dataclasses.replace(
         spec,
-        pruning=parse_settings(pruning or []),
         model=parse_settings(model or []),
         switch=switch,
         accumulate=accumulate,

@@ -7,13 +7,20 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from photon.errors import PhotonError
 from photon.training.optimiser import OptimiserConfig, Precision
 from photon.training.pretrain import NamingConfig
 from photon.training.stages import StageSchedule, WarmUpSwitch
 from pipelines.dataset import Draw
+
+Method = Literal["learnt", "published"]
+
+LEARNT: dict[str, Any] = {"distillation_weight": 0.3, "saliency_gradient": True, "keep_band": (0.37, 0.5)}
+"""Pruning whose scores have a teacher, docs/evidence.md; as published nothing teaches them."""
+WHOLE_PROBABILITY = 0.1
+"""Questions of the hard stage that keep every token: what nobody sees could never be looked for again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +81,8 @@ class TrainSpec:
         schedule: StageSchedule | None = None,
         learning_rate: float | None = None,
         freeze_vision: bool = False,
+        method: Method | None = None,
+        pruning: Mapping[str, Any] | None = None,
     ) -> Self:
         """The settings of a preset.
 
@@ -86,6 +95,9 @@ class TrainSpec:
             schedule: the stages, when they are to be others.
             learning_rate: of the decoder, when it is to be another; the other rates keep their ratio to it.
             freeze_vision: the vision tower does not learn, so that there is no alignment unless ``schedule`` has one.
+            method: "learnt", scores that are taught where to look, or "published", with flips in the hard stage. None:
+                "published" of a pretrained model and of a policy without a threshold, else "learnt".
+            pruning: settings of the pruning that are to be other than the method's.
 
         Raises:
             PhotonError: ``PRESET_UNKNOWN``, ``PRECISION_UNKNOWN``, ``TRAINING_INVALID``.
@@ -103,6 +115,13 @@ class TrainSpec:
         if schedule is None:
             alignment = 0 if freeze_vision else spec.schedule.alignment
             schedule = dataclasses.replace(spec.schedule, alignment=alignment)
+        pruning = pruning or {}
+        method = method or ("published" if is_pretrained or pruning.get("policy", "photon") != "photon" else "learnt")
+        if method == "learnt":
+            pruned_draw = dataclasses.replace(
+                spec.pruned_draw, flip_probability=0.0, whole_probability=WHOLE_PROBABILITY
+            )
+            spec, pruning = dataclasses.replace(spec, pruned_draw=pruned_draw), {**LEARNT, **pruning}
         sizes = {"scans_per_step": scans_per_step, "questions_per_scan": questions_per_scan}
         changed: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
         return dataclasses.replace(
@@ -114,6 +133,7 @@ class TrainSpec:
             pruned_draw=dataclasses.replace(spec.pruned_draw, **changed),
             naming=spec.naming if naming_steps is None else dataclasses.replace(spec.naming, num_steps=naming_steps),
             naming_scans_per_step=scans_per_step or spec.naming_scans_per_step,
+            pruning=pruning,
         )
 
     def digest(self) -> str:
@@ -127,6 +147,9 @@ class TrainSpec:
         }
         if self.naming.largest_positive_weight == NamingConfig.largest_positive_weight:
             del content["naming"]["largest_positive_weight"]
+        for draw in (content["draw"], content["pruned_draw"]):
+            if draw["whole_probability"] == 0.0:
+                del draw["whole_probability"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -13,7 +13,7 @@ from photon.training.stages import StageSchedule, WarmUpSwitch
 from pipelines.dataset import Draw
 from pipelines.phantom_vqa.cohort import RARE_FINDINGS
 from pipelines.study.variants import DISTILLED, Variant, ablations, policies
-from pipelines.train_spec import TrainSpec
+from pipelines.train_spec import WHOLE_PROBABILITY, TrainSpec
 
 PRESETS = ("small", "medium", "full", "real", "ablations", "smoke")
 
@@ -61,8 +61,9 @@ _OPTIMISER = OptimiserConfig(
     learning_rate=3e-3, vision_learning_rate=5e-4, alignment_learning_rate=1e-4, weight_decay=0.01
 )
 _DRAW = Draw(scans_per_step=8, questions_per_scan=24, max_shift=(6, 6, 6), robust_probability=0.0, flip_probability=0.0)
-# Of the questions that are pruned some keep every token: what nobody sees could never be looked for again.
-_PRUNED_DRAW = dataclasses.replace(_DRAW, questions_per_scan=8, robust_probability=0.15, whole_probability=0.1)
+_PRUNED_DRAW = dataclasses.replace(
+    _DRAW, questions_per_scan=8, robust_probability=0.15, whole_probability=WHOLE_PROBABILITY
+)
 _TINY_DRAW = dataclasses.replace(_DRAW, scans_per_step=2, questions_per_scan=4)
 _LARGER: dict[str, Any] = {
     "hidden_size": 128,

@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from pipelines import train_spec
 from pipelines.study.answer_table import CONDITIONS
 
 DISTILLED: dict[str, Any] = {"distillation_weight": 0.3}
 """Of the shared warm-up: the saliency learns to foretell where the later layers look (docs/evidence.md)."""
-LEARNT: dict[str, Any] = {"distillation_weight": 1.0, "saliency_gradient": True, "keep_band": (0.37, 0.5)}
-"""Where to look is learnt, under pressure to keep little; as published only how much is."""
+LEARNT: dict[str, Any] = {**train_spec.LEARNT, "distillation_weight": 1.0}
+"""Of photon: where to look is learnt, under pressure to keep little; as published only how much is."""
 UNTAUGHT: dict[str, Any] = {"distillation_weight": 0.0}
 """Of what goes on from the shared warm-up without a saliency to teach."""
 
@@ -42,6 +43,10 @@ class Variant:
         return str(self.pruning.get("policy", "photon"))
 
 
+PHOTON = Variant(name="photon", pruning=LEARNT, conditions=CONDITIONS[1:])
+"""The same in every preset, so that ablations in the folder of a study go on from what it found."""
+
+
 def policies(keep_ratio: float | None = None) -> tuple[Variant, ...]:
     """One variant a policy.
 
@@ -50,7 +55,7 @@ def policies(keep_ratio: float | None = None) -> tuple[Variant, ...]:
     """
     ratio = {} if keep_ratio is None else {"keep_ratio": keep_ratio}
     return (
-        Variant(name="photon", pruning=LEARNT, conditions=CONDITIONS[1:]),
+        PHOTON,
         Variant(name="all", pruning={"policy": "all", **UNTAUGHT}),
         Variant(
             name="published",
@@ -74,7 +79,7 @@ def ablations(soft: int, hard: int) -> tuple[Variant, ...]:
     """
     unfrozen: dict[str, Any] = {"has_own_warm_up": True, "freeze_vision": False}
     return (
-        _changed("photon"),
+        PHOTON,
         _changed("no-saliency-gradient", {"saliency_gradient": False}),
         _changed("no-distillation", UNTAUGHT, has_own_warm_up=True),
         _changed("distillation-0.3", DISTILLED),

@@ -21,7 +21,7 @@ from pipelines.results import TrainRecord
 from pipelines.start import start_from_scratch
 from pipelines.train import TRAINING, train
 from pipelines.train_options import parse_settings, parse_stages
-from pipelines.train_spec import TrainSpec
+from pipelines.train_spec import LEARNT, TrainSpec
 
 SMOKE = TrainSpec.preset("smoke")
 MICRO = dataclasses.replace(
@@ -62,7 +62,8 @@ def killed_and_resumed(data: Path, folder: Path, changes: dict[str, Any], last: 
 
 
 def test_settings_are_part_of_the_run_and_presets_stay_what_they_were() -> None:
-    assert (SMOKE.digest(), TrainSpec.preset("demo").digest()) == ("1199233cbf71", "7c6fc9d8c8f9")
+    published = [TrainSpec.preset(name, method="published").digest() for name in ("smoke", "demo")]
+    assert tuple(published) == ("1199233cbf71", "7c6fc9d8c8f9")
     changes: list[dict[str, Any]] = [
         {},
         {"pruning": {"policy": "fixed"}},
@@ -330,3 +331,15 @@ def test_settings_as_text() -> None:
         with pytest.raises(PhotonError) as caught:
             parse_settings([bad])
         assert caught.value.code == "TRAINING_INVALID"
+
+
+def test_scores_are_taught_unless_asked_otherwise_or_without_a_threshold() -> None:
+    learnt, published = TrainSpec.preset("demo"), TrainSpec.preset("demo", method="published")
+    assert learnt.pruning == LEARNT and not published.pruning
+    assert (learnt.pruned_draw.flip_probability, learnt.pruned_draw.whole_probability) == (0.0, 0.1)
+    assert (published.pruned_draw.flip_probability, published.pruned_draw.whole_probability) == (0.05, 0.0)
+    assert dataclasses.replace(learnt, pruning={}, pruned_draw=published.pruned_draw) == published
+    assert TrainSpec.preset("demo", pruning={"keep_band": (0.1, 0.2)}).pruning == {**LEARNT, "keep_band": (0.1, 0.2)}
+    fixed = {"policy": "fixed"}
+    assert TrainSpec.preset("demo", pruning=fixed) == dataclasses.replace(published, pruning=fixed)
+    assert TrainSpec.preset("demo", is_pretrained=True).pruned_draw == published.pruned_draw
