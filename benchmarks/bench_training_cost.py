@@ -38,7 +38,7 @@ VARIANTS = ("photon", "all")
 def main() -> None:
     """Measure all models and batches and write ``results/training_cost.json``, or one for the process above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, nargs="?", default=Path("out/study-small"), help="folder of photon study")
+    parser.add_argument("study", type=Path, nargs="?", default=Path("out/study"), help="folder of photon study")
     parser.add_argument("--data", type=Path, default=Path("out/vqa-small"), help="its data folder")
     parser.add_argument("--seed", type=int, default=0, help="whose models")
     parser.add_argument("--steps", type=int, default=30, help="timed steps of each")
