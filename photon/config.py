@@ -50,7 +50,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "a number from 0": (
         lambda value: _is_number(value) and value >= 0,
         "initializer_range vision.tokens_per_second pruning.seconds_per_grid pruning.band_weight "
-        "pruning.distillation_weight",
+        "pruning.distillation_weight pruning.warm_up_distillation_weight",
     ),
     "a finite number": (_is_number, "vision.intensity_mean pruning.threshold_bias_init"),
     "a number above 0 and at most 1": (
@@ -143,8 +143,10 @@ class PruningConfig:
     """Whether in the soft stage the gradient of p also reaches the saliency, and through it queries and keys of the
     pruning layer."""
     distillation_weight: float = 0.0
-    """Weight of the distillation of attention: in training the saliency of each question learns to foretell where the
-    later layers look when they answer it. 0: as published, nothing teaches it."""
+    """Weight of the distillation of attention: in the soft and hard stages the saliency of each question learns to
+    foretell where the later layers look when they answer it. 0: as published, nothing teaches it."""
+    warm_up_distillation_weight: float = 0.0
+    """The same weight in the warm-up, before which there is nothing to foretell."""
 
     @property
     def prunes(self) -> bool:
@@ -209,7 +211,8 @@ class PhotonConfig:
             refuse("empty_below leaves tokens out, and the policy pooled averages over all of them.")
         if self.pruning.saliency_gradient and self.pruning.policy != "photon":
             refuse(f"saliency_gradient is on, and the policy {self.pruning.policy} has no keep probabilities.")
-        if self.pruning.distillation_weight and self.pruning.policy != "photon":
+        distils = self.pruning.distillation_weight or self.pruning.warm_up_distillation_weight
+        if distils and self.pruning.policy != "photon":
             refuse(f"attention is distilled, and the policy {self.pruning.policy} learns no saliency.")
 
     @property
@@ -335,7 +338,15 @@ class PhotonConfig:
 _LATER = {
     field.name: field.default
     for field in dataclasses.fields(PruningConfig)
-    if field.name in ("policy", "keep_ratio", "band_weight", "saliency_gradient", "distillation_weight")
+    if field.name
+    in (
+        "policy",
+        "keep_ratio",
+        "band_weight",
+        "saliency_gradient",
+        "distillation_weight",
+        "warm_up_distillation_weight",
+    )
 }
 """Pruning settings that are written only where they are not as ever, with their defaults."""
 

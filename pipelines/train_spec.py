@@ -17,7 +17,7 @@ from pipelines.dataset import Draw
 
 Method = Literal["learnt", "published"]
 
-LEARNT: dict[str, Any] = {"distillation_weight": 0.3, "saliency_gradient": True, "keep_band": (0.37, 0.5)}
+LEARNT: dict[str, Any] = {"distillation_weight": 1.0, "saliency_gradient": True, "keep_band": (0.37, 0.5)}
 """Pruning whose scores have a teacher, docs/evidence.md; as published nothing teaches them."""
 WHOLE_PROBABILITY = 0.1
 """Questions of the hard stage that keep every token: what nobody sees could never be looked for again."""

@@ -136,7 +136,9 @@ def compute_loss(model: Photon, item: TrainingBatch, stage: Stage) -> StepResult
     detach = is_disturbed if whole is None else is_disturbed | whole
     rows, targets, branch = objectives.answer_targets(batch)
     looking = None
-    if pruning.distillation_weight > 0:
+    early, late = pruning.warm_up_distillation_weight, pruning.distillation_weight
+    weight = {"alignment": 0.0, "warm-up": early, "soft": late, "hard": late}[stage]
+    if weight > 0:
         # To end a turn nobody looks anywhere.
         says_something = rows[targets != model.config.eos_token_id]
         looking = torch.zeros_like(batch.labels, dtype=torch.bool).index_fill_(0, says_something, True)
@@ -162,7 +164,7 @@ def compute_loss(model: Photon, item: TrainingBatch, stage: Stage) -> StepResult
         apart = objectives.distillation_loss(schedule.u, output.attended, seen)
         of_branch = objectives.mean_by_branch(apart, schedule.branch, num_branches)
         distillation = torch.where(is_disturbed, 0.0, of_branch).mean()
-        loss = loss + pruning.distillation_weight * distillation
+        loss = loss + weight * distillation
     is_plain = ~is_disturbed[branch]
     hits = (logits.argmax(-1) == targets)[is_plain].float()
     return StepResult(

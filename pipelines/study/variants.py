@@ -9,11 +9,11 @@ from typing import Any
 from pipelines import train_spec
 from pipelines.study.answer_table import CONDITIONS
 
-DISTILLED: dict[str, Any] = {"distillation_weight": 0.3}
+DISTILLED: dict[str, Any] = {"warm_up_distillation_weight": 0.3}
 """Of the shared warm-up: the saliency learns to foretell where the later layers look (docs/evidence.md)."""
-LEARNT: dict[str, Any] = {**train_spec.LEARNT, "distillation_weight": 1.0}
+LEARNT: dict[str, Any] = {**train_spec.LEARNT, **DISTILLED}
 """Of photon: where to look is learnt, under pressure to keep little; as published only how much is."""
-UNTAUGHT: dict[str, Any] = {"distillation_weight": 0.0}
+UNTAUGHT: dict[str, Any] = {"warm_up_distillation_weight": 0.0}
 """Of what goes on from the shared warm-up without a saliency to teach."""
 
 
@@ -81,8 +81,9 @@ def ablations(soft: int, hard: int) -> tuple[Variant, ...]:
     return (
         PHOTON,
         _changed("no-saliency-gradient", {"saliency_gradient": False}),
-        _changed("no-distillation", UNTAUGHT, has_own_warm_up=True),
-        _changed("distillation-0.3", DISTILLED),
+        _changed("no-distillation", {"distillation_weight": 0.0, **UNTAUGHT}, has_own_warm_up=True),
+        _changed("no-distillation-in-warm-up", UNTAUGHT, has_own_warm_up=True),
+        _changed("distillation-0.3", {"distillation_weight": 0.3}),
         _changed("no-whole", draw={"whole_probability": 0.0}),
         _changed("rule-paper", {"sgp_rule": "paper"}),
         _changed("rule-paper-no-saliency-gradient", {"sgp_rule": "paper", "saliency_gradient": False}),

@@ -123,19 +123,22 @@ def test_distillation_brings_the_scores_to_the_attention(stage: str) -> None:
     assert float(apart().detach()) < 0.6 * before
 
 
-def test_the_step_adds_what_the_weight_says() -> None:
+@pytest.mark.parametrize(
+    ("stage", "name"), [("warm-up", "warm_up_distillation_weight"), ("soft", "distillation_weight")]
+)
+def test_the_step_adds_what_the_weight_says(stage: Stage, name: str) -> None:
     losses = []
     for weight in (0.0, 0.5, 1.0):
-        config = micro_config(pruning={"distillation_weight": weight})
+        config = micro_config(pruning={name: weight})
         item = training_batch(ragged_contexts(config), ragged_branches(config), config)
-        losses.append(float(compute_loss(micro_model(config), item, "warm-up").loss.detach()))
+        losses.append(float(compute_loss(micro_model(config), item, stage).loss.detach()))
     assert losses[1] > losses[0]
     assert losses[2] - losses[0] == pytest.approx(2 * (losses[1] - losses[0]), rel=1e-3)
 
 
 @pytest.mark.parametrize("stage", ["warm-up", "soft", "hard"])
 def test_a_batch_costs_what_its_branches_cost_alone(stage: Stage) -> None:
-    config = micro_config(pruning={"distillation_weight": 1.0})
+    config = micro_config(pruning={"distillation_weight": 1.0, "warm_up_distillation_weight": 1.0})
     model = micro_model(config)
     contexts, branches = ragged_contexts(config), ragged_branches(config)
     whole = compute_loss(model, training_batch(contexts, branches, config), stage).loss
@@ -158,7 +161,8 @@ def test_what_is_disturbed_teaches_nothing() -> None:
 
 
 def test_questions_that_keep_everything_in_the_hard_stage_are_as_in_warm_up() -> None:
-    config = micro_config(pruning={"distillation_weight": 1.0, "band_weight": 0.0})
+    weights = {"distillation_weight": 1.0, "warm_up_distillation_weight": 1.0}
+    config = micro_config(pruning={**weights, "band_weight": 0.0})
     contexts, branches = ragged_contexts(config), ragged_branches(config)
     losses = []
     for stage, whole in (("warm-up", ()), ("hard", range(len(branches))), ("hard", ())):
@@ -185,3 +189,17 @@ def test_a_question_that_keeps_everything_changes_no_other() -> None:
         item = training_batch([contexts[branch.context]], alone, config, whole=[0] if number in (1, 3) else [])
         losses.append(compute_loss(model, item, "hard").loss)
     torch.testing.assert_close(together, torch.stack(losses).mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_each_stage_has_its_own_weight() -> None:
+    """A weight of the one changes nothing in the others, and none counts while only the patch embedding learns."""
+
+    def loss(stage: Stage, **weights: float) -> float:
+        config = micro_config(pruning=weights)
+        item = training_batch(ragged_contexts(config), ragged_branches(config), config)
+        return float(compute_loss(micro_model(config), item, stage).loss.detach())
+
+    for stage in ("alignment", "warm-up"):
+        assert loss(stage, distillation_weight=1.0) == loss(stage)
+    for stage in ("alignment", "soft", "hard"):
+        assert loss(stage, warm_up_distillation_weight=1.0) == pytest.approx(loss(stage), rel=1e-5)

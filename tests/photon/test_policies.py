@@ -341,6 +341,7 @@ def test_new_settings_are_written_only_where_they_differ() -> None:
         {"band_weight": 0.0},
         {"saliency_gradient": True},
         {"distillation_weight": 0.5},
+        {"warm_up_distillation_weight": 0.5},
     ]
     assert not {name for change in changes for name in change} & set(plain.to_hf()["photon"])
     for change in changes:
@@ -361,7 +362,9 @@ def test_new_settings_are_written_only_where_they_differ() -> None:
         ({"saliency_gradient": 1}, "saliency_gradient"),
         ({"saliency_gradient": True, "policy": "fixed"}, "saliency_gradient"),
         ({"distillation_weight": -0.1}, "distillation_weight"),
+        ({"warm_up_distillation_weight": -0.1}, "warm_up_distillation_weight"),
         ({"distillation_weight": 0.1, "policy": "all"}, "distilled"),
+        ({"warm_up_distillation_weight": 0.1, "policy": "fixed"}, "distilled"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(change: dict[str, Any], named: str) -> None:
