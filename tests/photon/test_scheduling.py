@@ -228,12 +228,13 @@ def test_highest_takes_the_first_of_equal_values() -> None:
 
 
 def test_which_tokens_go_on() -> None:
-    """All while soft; the kept ones, or the others where the mask is flipped, padding never."""
+    """All while soft; the kept ones, the others where the mask is flipped, or all of a whole question; padding never."""
     decision = schedule(torch.tensor([[1.0, 2.0, 9.0], [9.0, 2.0, 0.0]]), predictor(), [3, 2])
     assert decision.keep.tolist() == [[False, False, True], [True, False, False]]
     flip = torch.tensor([False, True])
-    assert kept_tokens(decision, "soft", None) is decision.valid
-    assert kept_tokens(decision, "hard", None) is decision.keep
-    flipped = kept_tokens(decision, "hard", flip)
-    assert flipped is not None and flipped.tolist() == [[False, False, True], [False, True, False]]
-    assert kept_tokens(None, "hard", flip) is None
+    assert kept_tokens(decision, "soft") is decision.valid
+    assert kept_tokens(decision, "hard") is decision.keep
+    assert kept_tokens(decision, "hard", flip).tolist() == [[False, False, True], [False, True, False]]
+    whole = kept_tokens(decision, "hard", flip, whole=~flip)
+    assert whole.tolist() == [[True, True, True], [False, True, False]]
+    assert kept_tokens(decision, "hard", whole=flip).tolist() == [[False, False, True], [True, True, False]]
