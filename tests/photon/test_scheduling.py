@@ -228,7 +228,7 @@ def test_highest_takes_the_first_of_equal_values() -> None:
 
 
 def test_which_tokens_go_on() -> None:
-    """All while soft; the kept ones, the others where the mask is flipped, or all of a whole question; padding never."""
+    """All while soft; the kept ones, the others where the mask is flipped, all of a whole question; padding never."""
     decision = schedule(torch.tensor([[1.0, 2.0, 9.0], [9.0, 2.0, 0.0]]), predictor(), [3, 2])
     assert decision.keep.tolist() == [[False, False, True], [True, False, False]]
     flip = torch.tensor([False, True])
