@@ -271,7 +271,7 @@ def test_a_damaged_result_is_made_again(bench: Bench, victim: str) -> None:
 
 def test_changed_code_repeats_every_stage(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     retrain(bench.spec)
-    monkeypatch.setattr(stages, "source_digest", lambda: "another")
+    monkeypatch.setattr(stages, "source_digest", lambda *_: "another")
     retrain(bench.spec)
     assert bench.calls.done == [*EVERY, *EVERY]
 

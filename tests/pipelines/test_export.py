@@ -213,7 +213,8 @@ def test_a_frozen_axis_is_rejected(
 def test_other_policies_are_refused_before_anything_is_done(
     trained: Path, model: Photon, smoke_data: Path, tmp_path: Path, policy: str
 ) -> None:
-    pruning = dataclasses.replace(model.config.pruning, policy=policy)
+    untaught = {"saliency_gradient": False, "distillation_weight": 0.0}
+    pruning = dataclasses.replace(model.config.pruning, policy=policy, **untaught)  # type: ignore[arg-type]
     other = Photon(dataclasses.replace(model.config, pruning=pruning))
     folder = tmp_path / "checkpoint"
     shutil.copytree(trained / "checkpoint", folder)

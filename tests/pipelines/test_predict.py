@@ -205,6 +205,7 @@ def test_the_checkpoint_s_own_policy_is_honoured(
 
 
 def _with_policy(model: Photon, policy: str) -> Photon:
-    other = Photon(dataclasses.replace(model.config, pruning=dataclasses.replace(model.config.pruning, policy=policy)))
+    pruning = dataclasses.replace(model.config.pruning, policy=policy, saliency_gradient=False, distillation_weight=0.0)
+    other = Photon(dataclasses.replace(model.config, pruning=pruning))
     other.load_state_dict(model.state_dict())
     return other
