@@ -42,6 +42,10 @@ class Variant:
         return str(self.pruning.get("policy", "photon"))
 
 
+PHOTON = Variant(name="photon", pruning=LEARNT, conditions=CONDITIONS[1:])
+"""The same in every preset, so that ablations in the folder of a study go on from what it found."""
+
+
 def policies(keep_ratio: float | None = None) -> tuple[Variant, ...]:
     """One variant a policy.
 
@@ -50,7 +54,7 @@ def policies(keep_ratio: float | None = None) -> tuple[Variant, ...]:
     """
     ratio = {} if keep_ratio is None else {"keep_ratio": keep_ratio}
     return (
-        Variant(name="photon", pruning=LEARNT, conditions=CONDITIONS[1:]),
+        PHOTON,
         Variant(name="all", pruning={"policy": "all", **UNTAUGHT}),
         Variant(
             name="published",
@@ -74,7 +78,7 @@ def ablations(soft: int, hard: int) -> tuple[Variant, ...]:
     """
     unfrozen: dict[str, Any] = {"has_own_warm_up": True, "freeze_vision": False}
     return (
-        _changed("photon"),
+        PHOTON,
         _changed("no-saliency-gradient", {"saliency_gradient": False}),
         _changed("no-distillation", UNTAUGHT, has_own_warm_up=True),
         _changed("distillation-0.3", DISTILLED),
