@@ -11,6 +11,7 @@ how many questions share a scan decides whether pruning saves time or costs it.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import json
 import statistics
@@ -87,6 +88,7 @@ def measure(study: Path, data: Path, seed: int, num_steps: int, variant: str, sh
     scans = read_split(data, "train")[:QUESTIONS]
     source = BatchSource(scans, prompter, model.config, draw, seed, model.visual)
     items = [source.batch(step, with_flips=False) for step in range(8)]
+    ctypes.CDLL(None).malloc_trim(0)  # what encoding left free would hide what a step takes
     before = _resident_mib()
     reset_peak()
     _step(model, items[0])

@@ -47,8 +47,12 @@ def questions(
     show_counts("questions", record.num_questions_by_subtype)
     show_counts("not asked", record.not_asked)
     splits = ", ".join(f"{number} {split}" for split, number in record.num_questions_by_split.items())
+    empty = [name for name, number in record.num_questions_by_split.items() if not number]
     show_results(
         questions=f"{record.num_questions} about {record.num_patients} patients ({splits})",
+        **{"no_one_in": f"{', '.join(empty)}: too few patients for its share; training needs train and val"}
+        if empty
+        else {},
         folder=record.folder,
         left_out=Path(record.folder) / "raw" / "not_asked.csv",
     )

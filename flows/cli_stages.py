@@ -161,6 +161,8 @@ def preprocess(
             is_pruning=prune,
         )
     show_counts("scans", {"ok": done.num_ok} | done.refused_by_code)
+    if done.num_refused:
+        _show_refused(Path(done.manifest))
     show_results(
         volumes=done.folder,
         manifest=done.manifest,
@@ -174,6 +176,19 @@ def preprocess(
         record_version(data, is_tracked=True)
     if done.num_refused:
         raise typer.Exit(EXIT_SOME_FAILED)
+
+
+def _show_refused(manifest: Path, most: int = 10) -> None:
+    """The first refused scans with code, fact and remedy. On the screen alone: names of files may name patients."""
+    from pipelines.manifest import read_manifest
+
+    rows = read_manifest(manifest).select("scan_id", "source", "status", "message").iter_rows()
+    refused = [row for row in rows if row[2] != "ok"]
+    for scan_id, source, code, message in refused[:most]:
+        typer.echo(f"[{code}] {source or scan_id}: {message}")
+    if len(refused) > most:
+        typer.echo(f"... and {len(refused) - most} more.")
+    typer.echo("All of them: the column message of manifest.parquet, or `photon contact-sheet`.")
 
 
 @command

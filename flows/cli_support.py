@@ -27,7 +27,7 @@ EXIT_OK, EXIT_ERROR, EXIT_FAULT, EXIT_SOME_FAILED = 0, 1, 2, 3
 
 Data = Annotated[Path, typer.Option(help="Data folder: questions.jsonl and volumes/ (see docs/architecture.md).")]
 Checkpoint = Annotated[Path, typer.Option(help="Checkpoint folder of `photon train`.")]
-Modality = Annotated[str, typer.Option(help="auto, ct (values are HU) or mr (values have no unit).")]
+Modality = Annotated[str, typer.Option(help="auto, ct (values are HU), mr or pt (values have no bound).")]
 
 COMMANDS: list[Callable[..., Any]] = []
 _PIPE_WIDTH = 1000

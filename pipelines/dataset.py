@@ -58,7 +58,8 @@ def read_split(data: Path, split: str) -> list[LabelledScan]:
             "SPLIT_EMPTY",
             data,
             f"no preprocessed scan has questions in the split {split!r}.",
-            "Preprocess the scans of this data folder first, and check the split names in questions.jsonl.",
+            "Preprocess the scans of this data folder first; if questions.jsonl has none of this split, make it with a "
+            "larger share (`--val-percent`, `--test-percent`).",
         )
     return scans
 

@@ -114,6 +114,9 @@ def restore_version(
         fact = f"{len(lost)} of its files are in no recorded version and would be lost, e.g. {lost[0]}."
         raise PhotonError("DATA_UNRECORDED", data, fact, "Record them by `photon record`, or say --force.")
     changed = [name for name, md5 in wanted.items() if present.get(name) != md5]
+    for name in changed:  # before the first is written, or the folder would be of two versions
+        if not _is_whole(_object(data, wanted[name]), wanted[name]):
+            raise _incomplete(version, name)
     for number, name in enumerate(changed, start=1):
         _restore_file(data, version, name, wanted[name])
         if on_progress:
@@ -126,6 +129,12 @@ def restore_version(
     pointer = f"outs:\n- md5: {version}\n  size: {size}\n  nfiles: {len(wanted)}\n  hash: md5\n  path: {data.name}\n"
     write_text(data.with_name(f"{data.name}.dvc"), pointer)
     return len(changed), len(gone)
+
+
+def _is_whole(path: Path, md5: str) -> bool:
+    """Whether an object of the cache still has the bytes it is named after."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "md5").hexdigest() == md5
 
 
 def _restore_file(data: Path, version: str, name: str, md5: str) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from pipelines.results import PreprocessRecord
 from pipelines.scans.checks import Trust
 from pipelines.scans.find import find_scans
 from pipelines.source_index import Appender, SourceIndex
+from pipelines.volume_files import is_foreign
 from pipelines.volumes import MODALITIES, VolumeSpec
 from pipelines.workers import default_num_workers, run_in_processes
 
@@ -68,6 +69,7 @@ def preprocess(
     settings = json.dumps([str(input.resolve()), spec.digest(), modality, trust])
     with share_folder(output, settings):
         _remove_half_written(output)
+        before = _listed(output)
         index = SourceIndex(output)
         jobs = [
             ScanJob(
@@ -78,19 +80,19 @@ def preprocess(
                 trust=trust,
                 known=index.known.get(source.relative),
                 code=source_digest(),
+                is_listed=before.get(source.scan_id) is not None,
             )
             for source in sources
         ]
         run = _Run(len(jobs), index, on_progress)
         run.do(jobs, run_jobs or _local_runner(jobs, num_workers))
-        before = _scan_ids(output)
         write_manifest(run.rows, output / MANIFEST_NAME)
         index.keep_only(source.relative for source in sources)
-        orphans = _orphans(output, run.rows)
+        orphans = _orphans(output, run.rows, set(before.values()))
         if is_pruning:
             for path in orphans:
                 path.unlink(missing_ok=True)
-    return _record(output, spec, run, sorted(before - {source.scan_id for source in sources}), orphans, is_pruning)
+    return _record(output, spec, run, sorted(set(before) - {source.scan_id for source in sources}), orphans, is_pruning)
 
 
 class _Run:
@@ -166,18 +168,20 @@ def _remove_half_written(output: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _scan_ids(output: Path) -> set[str]:
-    """Scans of the manifest that an earlier run wrote."""
+def _listed(output: Path) -> dict[str, str | None]:
+    """Scans of the manifest that an earlier run wrote, and their volumes."""
     try:
-        return set(read_manifest(output / MANIFEST_NAME)["scan_id"])
+        return dict(read_manifest(output / MANIFEST_NAME).select("scan_id", "volume").iter_rows())
     except PhotonError:
-        return set()
+        return {}
 
 
-def _orphans(output: Path, rows: Iterable[dict[str, Any]]) -> list[Path]:
-    """Volumes that no row names."""
+def _orphans(output: Path, rows: Iterable[dict[str, Any]], earlier: Collection[str | None]) -> list[Path]:
+    """Volumes that no row names: what the last manifest named, or what is a volume by itself. Other people's files of
+    the same ending are not."""
     named = {row.get("volume") for row in rows}
-    return sorted(path for path in output.glob(f"*{VOLUME_ENDING}") if path.name not in named)
+    unnamed = (path for path in output.glob(f"*{VOLUME_ENDING}") if path.name not in named)
+    return sorted(path for path in unnamed if path.name in earlier or not is_foreign(path))
 
 
 def _record(

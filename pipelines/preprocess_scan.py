@@ -14,12 +14,13 @@ from pipelines.scans.checks import Trust
 from pipelines.scans.find import Source, located
 from pipelines.scans.scan import Scan, read_scan
 from pipelines.source_index import Known, signature_of
+from pipelines.volume_files import is_foreign
 from pipelines.volumes import VolumeRecord, VolumeSpec, read_volume_record, store_scan
 
 VOLUME_ENDING = ".safetensors"
 MAYBE_DETACHED = (".mhd", ".nhdr", ".hdr", ".mha", ".nrrd")
 """Files whose voxels may lie in another file, so that what the file system says of them proves nothing about a scan."""
-NOT_ITS_OWN_FAULT = ("SCAN_TOO_LARGE", "SCAN_FAULT", "WORKER_KILLED")
+NOT_ITS_OWN_FAULT = ("SCAN_TOO_LARGE", "SCAN_FAULT", "WORKER_KILLED", "OUTPUT_TAKEN")
 """Refusals that the same bytes need not meet again, on another day or a larger machine."""
 
 
@@ -42,6 +43,8 @@ class ScanJob:
     known: Known | None = None
     code: str = ""
     is_waiting: bool = False
+    is_listed: bool = False
+    """Whether the last manifest names a volume of this scan, so that its file is ours whatever it holds."""
 
     @property
     def target(self) -> Path:
@@ -115,6 +118,9 @@ def _do(job: ScanJob, signature: str | None, known: Known | None) -> Outcome:
         signature = None
     if earlier and scan.sha256 == earlier.metadata["source_sha256"]:
         return _done(job, "unchanged", earlier, signature)
+    if not job.is_listed and is_foreign(job.target):
+        fact = "the folder of the volumes holds a file of this name that is no volume."
+        raise PhotonError("OUTPUT_TAKEN", job.target, fact, "Move it, or give another folder for the volumes.")
     return _done(job, "new", _make_volume(job, scan), signature)
 
 

@@ -131,6 +131,16 @@ def read_volume_record(path: Path, spec: VolumeSpec | None = None) -> VolumeReco
     return _open_volume(path, spec)[0]
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether a file is a safetensors file that is no volume, such as weights; a damaged header says nothing."""
+    try:
+        with path.open("rb") as stream:
+            header = json.loads(stream.read(min(int.from_bytes(stream.read(8), "little"), path.stat().st_size)))
+        return METADATA_KEY not in header.get("__metadata__", {})
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
+
+
 def _open_volume(path: Path, spec: VolumeSpec | None) -> tuple[VolumeRecord, list[memoryview]]:
     """Record and packed slabs of a volume file, every byte of which has been checked."""
     try:

@@ -88,6 +88,8 @@ def _plan(scan: Scan, spec: VolumeSpec, modality: str) -> tuple[Frame, Mapping, 
     notes = list(scan.notes)
     frame = _frame(scan, spec, kind, notes)
     mapping = IDENTITY if kind == "ct" else _percentile_mapping(scan, spec)
+    if source == "inferred" and kind != "ct":
+        notes.append("no modality in the file, and hardly a value as dark as fat in HU: taken for MR")
     low, high = scan.extent or _extent(scan.array)
     notes += range_notes(low, high, kind)
     metadata = {

@@ -23,6 +23,7 @@ MIN_INDEPENDENCE = 0.5
 MAX_SCALE = 1e6
 MAX_VALUE = 1e7
 CT_RANGE_HU = (-1100, 32767)
+FAT_HU = -20
 MANY_GREYS = 128
 EXPORT_AGAIN = "Export the scan again from its source."
 
@@ -145,8 +146,11 @@ def range_notes(low: float, high: float, modality: str) -> tuple[str, ...]:
     """Notes about values, low to high after scaling, that a scan of this modality should not have.
 
     CT has no tissue outside -1100 to 32767 HU: what lies there is padding or metal, kept as it is and clipped by the
-    window of a volume. MR and PET have no unit or no bound.
+    window of a volume. Without anything as dark as fat it may be no HU at all, as when the scanner's offset was left
+    in. MR and PET have no unit or no bound.
     """
+    if modality == "ct" and low > FAT_HU:
+        return (f"values from {low:g} to {high:g}: air and fat of a CT lie below {FAT_HU} HU; are these HU?",)
     if modality == "ct" and not (CT_RANGE_HU[0] <= low and high <= CT_RANGE_HU[1]):
         return (f"values from {low:g} to {high:g}: CT lies within {CT_RANGE_HU[0]} to {CT_RANGE_HU[1]} HU",)
     return ()

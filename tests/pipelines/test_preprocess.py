@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from photon.errors import PhotonError
 from pipelines.manifest import read_manifest
@@ -87,6 +88,43 @@ def test_only_what_changed_is_done_again(folder: Path, tmp_path: Path) -> None:
     assert not set(fourth.values()) & set(third.values())
     other = VolumeSpec(spacing_mm=7.0, shape=(14, 28, 28), window_hu=(-200, 300))
     assert not set(run(other, "ct").values()) & set(fourth.values())
+
+
+def test_files_of_others_are_neither_deleted_nor_replaced(tmp_path: Path) -> None:
+    """Weights have the same ending as volumes."""
+    out = tmp_path / "out"
+    put_scan(tmp_path / "in" / "a.nii", 1)
+    put_scan(tmp_path / "in" / "gone.nii", 2)
+    out.mkdir()
+    save_file({"weight": np.zeros(3)}, out / "a.safetensors")
+    save_file({"weight": np.zeros(3)}, out / "model.safetensors", metadata={"format": "pt"})
+    theirs = [(out / name).read_bytes() for name in ("a.safetensors", "model.safetensors")]
+    record = preprocess(tmp_path / "in", out, SPEC)
+    assert record.refused_by_code == {"OUTPUT_TAKEN": 1} and record.num_without_row == 0
+    (tmp_path / "in" / "gone.nii").unlink()
+    preprocess(tmp_path / "in", out, SPEC, is_pruning=True)
+    assert not (out / "gone.safetensors").exists()
+    assert [(out / name).read_bytes() for name in ("a.safetensors", "model.safetensors")] == theirs
+
+
+def test_a_volume_whose_header_is_damaged_is_still_ours(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    put_scan(tmp_path / "in" / "a.nii", 1)
+    preprocess(tmp_path / "in", out, SPEC)
+    whole = (out / "a.safetensors").read_bytes()
+    (out / "a.safetensors").write_bytes(whole.replace(b'"photon"', b'"phooon"', 1))
+    assert preprocess(tmp_path / "in", out, SPEC).num_new == 1
+    assert (out / "a.safetensors").read_bytes() == whole
+
+
+def test_values_that_may_be_no_hu_are_noted(tmp_path: Path) -> None:
+    array = np.random.RandomState(0).randint(0, 2000, (12, 13, 14)).astype(np.int16)
+    (tmp_path / "in").mkdir()
+    write_scan(array, np.diag([4.0, 4.0, 5.0, 1.0]), tmp_path / "in" / "a.nii")
+    for modality, words in (("ct", "are these HU"), ("auto", "taken for MR"), ("mr", "")):
+        record = preprocess(tmp_path / "in", tmp_path / modality, SPEC, modality=modality)
+        (notes,) = read_manifest(Path(record.manifest))["notes"].to_list()
+        assert any(words in note for note in notes) if words else not notes
 
 
 def test_the_number_of_workers_does_not_matter(tmp_path: Path) -> None:
