@@ -43,7 +43,9 @@ def record_version(data: Path, is_tracked: bool) -> None:
 
 @command
 def versions(data: Data = Path("data")) -> None:
-    """List the versions of a data folder that DVC's cache holds, the latest first; * is the one data.dvc records.
+    """List the versions that the project's DVC cache holds, the latest first; * is the one data.dvc records.
+
+    Data folders of one project share its cache, so those of others are listed too.
 
     Example: `photon versions --data data`
     """

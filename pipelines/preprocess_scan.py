@@ -85,7 +85,9 @@ def do_scan(job: ScanJob) -> Outcome:
             told = _told(error, job)
             if told.code == "OUTPUT_UNWRITABLE":
                 raise told from error
-        learned, message = None, f"{told.fact} {told.remedy}"
+        # Of a series it is one file that is at fault, and there may be hundreds.
+        part = f"{Path(told.subject).name}: " if (job.source.path / Path(told.subject).name).is_file() else ""
+        learned, message = None, f"{part}{told.fact} {told.remedy}"
         if signature and not _maybe_detached(job.source.path) and told.code not in NOT_ITS_OWN_FAULT:
             learned = Known(signature=signature, refusal=(told.code, message, job.settings))
         return _refused(job, told.code, message, known=learned)

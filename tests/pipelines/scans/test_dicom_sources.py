@@ -14,6 +14,9 @@ from pydicom.dataset import Dataset
 from pydicom.uid import ImplicitVRLittleEndian
 
 from photon.errors import PhotonError
+from pipelines.grids import VOLUME_SPECS
+from pipelines.manifest import read_manifest
+from pipelines.preprocess import preprocess
 from pipelines.scans import kinds
 from pipelines.scans.dicom import list_series, read_dicom
 from pipelines.scans.find import find_scans, read_source
@@ -154,3 +157,11 @@ def test_pipes_are_passed_over(tmp_path: Path, dicom: Any) -> None:
     for name in ("pipe", "pipe.nii", "pipe.tar"):
         os.mkfifo(tmp_path / name)
     assert len(find_scans(tmp_path)) == 1
+
+
+def test_the_manifest_names_the_file_of_a_series_that_is_at_fault(tmp_path: Path, dicom: Any) -> None:
+    paths = dicom.write_series(tmp_path / "in" / "study", dicom.random_stored())
+    paths[2].write_bytes(paths[2].read_bytes()[:-9])
+    record = preprocess(tmp_path / "in", tmp_path / "out", VOLUME_SPECS["smoke"])
+    (row,) = read_manifest(Path(record.manifest)).iter_rows(named=True)
+    assert row["status"] == "SCAN_TRUNCATED" and row["message"].startswith(f"{paths[2].name}: ")
