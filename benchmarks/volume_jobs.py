@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -27,13 +28,16 @@ BLOCK = 1 << 22
 
 
 def photon() -> Job:
-    """This project."""
+    """This project, with a thread a core unless the environment asks for fewer."""
     from pipelines.grids import VOLUME_SPECS
+    from pipelines.preprocess import MAX_THREADS
     from pipelines.scans.scan import read_scan
     from pipelines.volumes import store_scan
 
+    num_threads = int(os.environ.get("OMP_NUM_THREADS", min(MAX_THREADS, os.cpu_count() or 1)))
+
     def job(source: Path, target: Path) -> None:
-        store_scan(read_scan(source), VOLUME_SPECS["iso1mm"], target, "ct")
+        store_scan(read_scan(source), VOLUME_SPECS["iso1mm"], target, "ct", num_threads=num_threads)
 
     return job
 

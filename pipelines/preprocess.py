@@ -31,6 +31,9 @@ Runner = Callable[[Sequence[ScanJob]], Iterable[tuple[ScanJob, Outcome | None]]]
 FEW_JOBS, FEW_BYTES = 16, 64 << 20
 """Below both, processes cost more than they bring, and no scan is large enough to take this one along."""
 
+MAX_THREADS = 4
+"""Of one scan, whose decompression no number of threads makes faster."""
+
 
 def preprocess(
     input: Path,
@@ -85,7 +88,9 @@ def preprocess(
             for source in sources
         ]
         run = _Run(len(jobs), index, on_progress)
-        run.do(jobs, run_jobs or _local_runner(jobs, num_workers))
+        if run_jobs is None:
+            jobs, run_jobs = _local(jobs, num_workers or default_num_workers())
+        run.do(jobs, run_jobs)
         write_manifest(run.rows, output / MANIFEST_NAME)
         index.keep_only(source.relative for source in sources)
         orphans = _orphans(output, run.rows, set(before.values()))
@@ -140,11 +145,13 @@ class _Run:
             self._on_progress(len(self.rows), self._total, job.source.scan_id)
 
 
-def _local_runner(jobs: Sequence[ScanJob], num_workers: int | None) -> Runner:
-    """Processes of this machine, or none where the work is small."""
+def _local(jobs: list[ScanJob], num_workers: int) -> tuple[list[ScanJob], Runner]:
+    """Processes of this machine, or none where the work is small; few scans get the cores that are left over."""
     if len(jobs) < FEW_JOBS and sum(_num_bytes(job.source.path) for job in jobs) < FEW_BYTES:
-        return _run_here
-    return functools.partial(run_in_processes, do_scan, num_workers=num_workers or default_num_workers())
+        return jobs, _run_here
+    num_threads = min(MAX_THREADS, num_workers // len(jobs)) or 1
+    jobs = [dataclasses.replace(job, num_threads=num_threads) for job in jobs]
+    return jobs, functools.partial(run_in_processes, do_scan, num_workers=num_workers)
 
 
 def _run_here(jobs: Sequence[ScanJob]) -> Iterator[tuple[ScanJob, Outcome | None]]:

@@ -45,6 +45,8 @@ class ScanJob:
     is_waiting: bool = False
     is_listed: bool = False
     """Whether the last manifest names a volume of this scan, so that its file is ours whatever it holds."""
+    num_threads: int = 1
+    """That resample and pack: more than one where there are fewer scans than cores."""
 
     @property
     def target(self) -> Path:
@@ -166,7 +168,7 @@ def _told(error: Exception, job: ScanJob) -> PhotonError:
 def _make_volume(job: ScanJob, scan: Scan) -> VolumeRecord:
     more = {"trust": job.trust} if job.trust else {}  # only then: volumes made without it keep their bytes
     try:
-        return store_scan(scan, job.spec, job.target, job.modality, more)
+        return store_scan(scan, job.spec, job.target, job.modality, more, num_threads=job.num_threads)
     except OSError as error:
         fact = f"the volume cannot be written ({error.strerror or error})."
         raise PhotonError("OUTPUT_UNWRITABLE", job.target, fact, "Free space; what is done is kept.") from error

@@ -8,7 +8,7 @@ same bytes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
@@ -41,6 +41,9 @@ class Mapping:
 
 IDENTITY = Mapping()
 
+SlabMaker = Callable[[int], np.ndarray]
+"""Number of a slab of 14 planes -> its int16 [planes, Y, X]."""
+
 
 def resample_scan(
     array: np.ndarray, affine: np.ndarray, frame: Frame, spec: VolumeSpec, mapping: Mapping = IDENTITY
@@ -60,18 +63,34 @@ def resample_scan(
     return out
 
 
-def resample_slabs(
-    array: np.ndarray, affine: np.ndarray, frame: Frame, spec: VolumeSpec, mapping: Mapping = IDENTITY
-) -> Iterator[np.ndarray]:
-    """As :func:`resample_scan`, 14 planes after another, so that the whole volume is never held.
+def slab_makers(
+    array: np.ndarray,
+    affine: np.ndarray,
+    frame: Frame,
+    spec: VolumeSpec,
+    mapping: Mapping = IDENTITY,
+    *,
+    num_makers: int = 1,
+) -> list[SlabMaker]:
+    """As :func:`resample_scan`, 14 planes at a time, so that the whole volume is never held.
 
-    All come in the same memory: one must be done with before the next is asked for.
+    Returns:
+        Functions for as many threads. Each makes any slab, by its number from below, in memory of its own that its
+        next call overwrites.
     """
-    read = _reader(array, affine, frame, spec, mapping)
+    if array.dtype not in (np.int16, np.float32):
+        array = array.astype(np.float32)
+    return [_slab_maker(_reader(array, affine, frame, spec, mapping), spec) for _ in range(num_makers)]
+
+
+def _slab_maker(read: Callable[[int, np.ndarray], None], spec: VolumeSpec) -> SlabMaker:
     out = np.empty((PATCH, *spec.shape[1:]), np.int16)
-    for start in range(0, spec.shape[0], PATCH):
-        read(start, out)
-        yield out
+
+    def make(number: int) -> np.ndarray:
+        read(number * PATCH, out)
+        return out
+
+    return make
 
 
 def resample_nearest(array: np.ndarray, affine: np.ndarray, spec: VolumeSpec, frame: Frame | None = None) -> np.ndarray:

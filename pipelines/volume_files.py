@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from photon.errors import PhotonError
 from pipelines.files import atomic_path
 from pipelines.grids import VolumeSpec
+from pipelines.resample import SlabMaker
 from pipelines.voxel_codec import MAX_PACKED_BYTES, num_slabs_of, pack_slabs, slabs_of, unpack
 
 METADATA_KEY = "photon"
@@ -62,14 +63,14 @@ class VolumeRecord:
 def write_volume(volume: Volume, path: Path) -> str:
     """Write a volume atomically; the same volume gives the same bytes. Returns the sha256 of its packed voxels."""
     slabs = slabs_of(np.ascontiguousarray(volume.voxels, dtype="<i2"))
-    return write_slabs(slabs, volume.affine, volume.spec, volume.metadata, path).slabs_sha256
+    return write_slabs([slabs.__getitem__], volume.affine, volume.spec, volume.metadata, path).slabs_sha256
 
 
 def write_slabs(
-    slabs: Iterable[np.ndarray], affine: np.ndarray, spec: VolumeSpec, metadata: dict[str, Any], path: Path
+    makers: Sequence[SlabMaker], affine: np.ndarray, spec: VolumeSpec, metadata: dict[str, Any], path: Path
 ) -> VolumeRecord:
-    """As :func:`write_volume`, from slabs of 14 planes, int16, contiguous and little endian; neither they nor what they
-    are packed into are held longer than it takes."""
+    """As :func:`write_volume`, from slabs of 14 planes that are made and packed in as many threads as there are
+    ``makers`` (:func:`pack_slabs`); neither they nor what they are packed into are held longer than it takes."""
     content = {
         "form": FORM,
         "spec": spec.as_dict(),
@@ -83,11 +84,9 @@ def write_slabs(
     digest, sizes = hashlib.sha256(), []
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         stream.seek(room)
-        for packed in pack_slabs(slabs):
+        for packed in pack_slabs(makers, num_slabs):
             digest.update(packed)
             sizes.append(stream.write(packed))
-        if len(sizes) != num_slabs:
-            raise ValueError(f"{len(sizes)} slabs instead of {num_slabs}")
         slabs_sha256 = digest.hexdigest()
         header = _header(sizes, text, room)
         digest.update(header)

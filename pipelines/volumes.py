@@ -24,7 +24,7 @@ from pipelines.grids import (
     grid_spacing,
     is_aligned,
 )
-from pipelines.resample import IDENTITY, Mapping, resample_nearest, resample_scan, resample_slabs
+from pipelines.resample import IDENTITY, Mapping, resample_nearest, resample_scan, slab_makers
 from pipelines.scans.checks import EXPORT_AGAIN, range_notes
 from pipelines.scans.scan import Scan, read_scan
 from pipelines.volume_files import (
@@ -69,13 +69,19 @@ def resample(scan: Scan, spec: VolumeSpec, modality: str = "auto") -> Volume:
 
 
 def store_scan(
-    scan: Scan, spec: VolumeSpec, path: Path, modality: str = "auto", more_metadata: dict[str, Any] | None = None
+    scan: Scan,
+    spec: VolumeSpec,
+    path: Path,
+    modality: str = "auto",
+    more_metadata: dict[str, Any] | None = None,
+    *,
+    num_threads: int = 1,
 ) -> VolumeRecord:
     """The file that :func:`resample` and :func:`write_volume` make, with their errors, but slab by slab: the volume is
-    never held whole."""
+    never held whole. It does not depend on the number of threads."""
     frame, mapping, metadata = _plan(scan, spec, modality)
-    slabs = resample_slabs(scan.array, scan.affine, frame, spec, mapping)
-    return write_slabs(slabs, grid_affine(frame, spec), spec, metadata | (more_metadata or {}), path)
+    makers = slab_makers(scan.array, scan.affine, frame, spec, mapping, num_makers=num_threads)
+    return write_slabs(makers, grid_affine(frame, spec), spec, metadata | (more_metadata or {}), path)
 
 
 def _plan(scan: Scan, spec: VolumeSpec, modality: str) -> tuple[Frame, Mapping, dict[str, Any]]:

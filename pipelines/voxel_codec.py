@@ -1,19 +1,22 @@
 """Voxels of a volume as compressed slabs: the only module that knows numcodecs.
 
 A slab is 14 planes, the depth of a patch. Bits are shuffled (all lowest bits first) and packed by LZ4 in a buffer of
-blosc; the choice is from measurement (docs/decisions.md). Number of threads and size of blocks are fixed, so that the
-same voxels give the same bytes on every machine. The library is loaded when the first volume is.
+blosc; the choice is from measurement (docs/decisions.md). A slab is packed by one thread in blocks of a fixed size, so
+that the same voxels give the same bytes on every machine. The library is loaded when the first volume is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from types import ModuleType
 
 import numpy as np
 
 from pipelines.grids import PATCH
+from pipelines.resample import SlabMaker
 
 LEVEL = 5
 BLOCK_BYTES = 1 << 17
@@ -21,14 +24,35 @@ MAX_PACKED_BYTES = (1 << 31) - 17
 """blosc packs no more at once."""
 
 
-def pack_slabs(slabs: Iterable[np.ndarray]) -> Iterator[bytes]:
-    """int16 [planes, Y, X], contiguous and little endian -> its compressed bytes, one slab after another.
+def pack_slabs(makers: Sequence[SlabMaker], num_slabs: int) -> Iterator[bytes]:
+    """The compressed bytes of slabs 0, 1, ... in order, each made and packed by one of as many threads as there are
+    makers.
 
-    A slab is packed before the next one is asked for.
+    Args:
+        makers: number of a slab -> int16 [planes, Y, X], contiguous and little endian, which may be overwritten by the
+            maker's next one; only one thread at a time calls a maker.
     """
     blosc = _blosc()
-    for slab in slabs:
-        yield blosc.compress(slab, b"lz4", LEVEL, blosc.BITSHUFFLE, BLOCK_BYTES)
+    idle = deque(makers)
+
+    def pack(number: int) -> bytes:
+        maker = idle.pop()
+        try:
+            return bytes(blosc.compress(maker(number), b"lz4", LEVEL, blosc.BITSHUFFLE, BLOCK_BYTES))
+        finally:
+            idle.append(maker)
+
+    if len(makers) == 1:
+        yield from map(pack, range(num_slabs))
+        return
+    with ThreadPoolExecutor(len(makers)) as pool:
+        waiting: deque[Future[bytes]] = deque()
+        for number in range(num_slabs):
+            waiting.append(pool.submit(pack, number))
+            if len(waiting) > len(makers):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def unpack(packed: Sequence[bytes | memoryview], shape: tuple[int, int, int]) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.numpy import save_file
 from photon.errors import PhotonError
 from pipelines.manifest import read_manifest
 from pipelines.preprocess import preprocess
+from pipelines.preprocess_scan import Outcome, ScanJob, do_scan
 from pipelines.scans.find import find_scans
 from pipelines.scans.nifti import write_scan
 from pipelines.volumes import VolumeSpec, read_volume
@@ -136,6 +138,26 @@ def test_the_number_of_workers_does_not_matter(tmp_path: Path) -> None:
     assert len(names) == 18
     for name in names:
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def test_few_scans_share_the_cores_that_are_left_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The volumes are the same, and no scan gets more threads than help it."""
+    for number in range(2):
+        put_scan(tmp_path / "in" / f"{number}.nii", number)
+    given: list[list[int]] = []
+
+    def here(_: object, jobs: Sequence[ScanJob], num_workers: int) -> Iterator[tuple[ScanJob, Outcome]]:
+        given.append([job.num_threads for job in jobs])
+        return ((job, do_scan(job)) for job in jobs)
+
+    monkeypatch.setattr("pipelines.preprocess.FEW_BYTES", 0)
+    monkeypatch.setattr("pipelines.preprocess.run_in_processes", here)
+    for workers in (1, 5, 64):
+        preprocess(tmp_path / "in", tmp_path / str(workers), SPEC, num_workers=workers)
+    assert given == [[1, 1], [2, 2], [4, 4]]
+    for path in (tmp_path / "1").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "5" / path.name).read_bytes()
+        assert path.read_bytes() == (tmp_path / "64" / path.name).read_bytes()
 
 
 def test_equal_names_get_different_ids(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from photon.errors import PhotonError
 from pipelines import resample_kernels
 from pipelines.grids import VOLUME_SPECS, VolumeSpec, body_middle, frame_of, grid_affine, is_aligned
-from pipelines.resample import IDENTITY, Mapping, resample_nearest, resample_scan, resample_slabs
+from pipelines.resample import IDENTITY, Mapping, resample_nearest, resample_scan, slab_makers
 from pipelines.resample_plain import nearest_plain, resample_plain
 from pipelines.resample_torch import resample_torch
 from pipelines.scans.scan import Scan
@@ -89,7 +89,8 @@ def test_compiled_loops_give_the_bytes_of_plain_numpy(kind: str, monkeypatch: py
         found = resample_scan(array, affine, frame, spec, mapping)
         assert found.dtype == np.int16 and found.shape == spec.shape
         assert np.array_equal(found, expected), (kind, number)
-        slabs = [slab.copy() for slab in resample_slabs(array, affine, frame, spec, mapping)]
+        makers = slab_makers(array, affine, frame, spec, mapping, num_makers=2)
+        slabs = [makers[n % 2](n).copy() for n in range(spec.shape[0] // 14)]
         assert {len(slab) for slab in slabs} == {14} and np.array_equal(np.concatenate(slabs), expected)
         labels = (np.abs(array) % 200).astype(np.uint8)
         assert np.array_equal(resample_nearest(labels, affine, spec), nearest_plain(labels, affine, frame, spec))
@@ -227,12 +228,13 @@ def test_whichever_way_memory_runs_no_copy_of_the_scan_is_made() -> None:
     assert np.array_equal(*voxels)
 
 
+@pytest.mark.parametrize("num_threads", [1, 3])
 @pytest.mark.parametrize("kind", ["straight", "tilted"])
-def test_stored_slab_by_slab_is_the_same_file(kind: str, tmp_path: Path) -> None:
+def test_stored_slab_by_slab_is_the_same_file(kind: str, num_threads: int, tmp_path: Path) -> None:
     random = np.random.default_rng(2)
     for modality in ("auto", "ct", "mr"):
         scan = as_scan(random_scan(random, np.int16), random_affine(random, kind))
-        record = store_scan(scan, SPEC, tmp_path / "slabs", modality)
+        record = store_scan(scan, SPEC, tmp_path / "slabs", modality, num_threads=num_threads)
         volume = resample(scan, SPEC, modality)
         assert record.slabs_sha256 == write_volume(volume, tmp_path / "whole")
         assert (tmp_path / "slabs").read_bytes() == (tmp_path / "whole").read_bytes()

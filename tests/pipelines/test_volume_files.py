@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from photon.errors import PhotonError
 from pipelines import volume_files
 from pipelines.files import write_bytes
 from pipelines.grids import PATCH, VolumeSpec
+from pipelines.resample import SlabMaker
 from pipelines.volume_files import (
     Volume,
     read_volume,
@@ -141,29 +143,43 @@ def test_voxels_in_any_order_of_memory_or_bytes_make_the_same_file(tmp_path: Pat
         assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_a_fault_while_slabs_come_leaves_no_file(tmp_path: Path) -> None:
-    def slabs() -> Iterator[np.ndarray]:
-        yield make_volume().voxels[:PATCH]
-        raise PhotonError("SCAN_CONSTANT", "scan", "a fault.", "None.")
+@pytest.mark.parametrize("num_makers", [1, 3])
+def test_a_fault_while_slabs_come_leaves_no_file(num_makers: int, tmp_path: Path) -> None:
+    def make(number: int) -> np.ndarray:
+        if number:
+            raise PhotonError("SCAN_CONSTANT", "scan", "a fault.", "None.")
+        return make_volume().voxels[:PATCH]
 
     with pytest.raises(PhotonError, match="SCAN_CONSTANT"):
-        write_slabs(slabs(), np.eye(4), SPEC, {}, tmp_path / "a")
+        write_slabs([make] * num_makers, np.eye(4), SPEC, {}, tmp_path / "a")
     assert not list(tmp_path.iterdir())
 
 
-def test_slabs_may_come_in_the_same_memory_and_none_may_be_missing(tmp_path: Path) -> None:
-    volume, place = make_volume(), np.empty((PATCH, *SPEC.shape[1:]), "<i2")
+@pytest.mark.parametrize("num_makers", [1, 2, 5])
+def test_threads_make_slabs_in_their_own_memory_and_the_file_is_the_same(num_makers: int, tmp_path: Path) -> None:
+    spec = dataclasses.replace(SPEC, shape=(14 * 9, 28, 28))
+    voxels = np.random.default_rng(0).integers(-1000, 1000, spec.shape).astype("<i2")
+    volume = dataclasses.replace(make_volume(), voxels=voxels, spec=spec)
+    at_once = []
 
-    def slabs(num_slabs: int) -> Iterator[np.ndarray]:
-        for slab in slabs_of(volume.voxels)[:num_slabs]:
-            place[:] = slab
-            yield place
+    def maker() -> SlabMaker:
+        place, is_busy = np.empty((PATCH, *spec.shape[1:]), "<i2"), threading.Lock()
 
-    write_slabs(slabs(2), volume.affine, SPEC, volume.metadata, tmp_path / "a")
-    assert np.array_equal(read_volume(tmp_path / "a").voxels, volume.voxels)
-    with pytest.raises(ValueError, match="1 slabs instead of 2"):
-        write_slabs(slabs(1), volume.affine, SPEC, volume.metadata, tmp_path / "b")
-    assert [item.name for item in tmp_path.iterdir()] == ["a"]
+        def make(number: int) -> np.ndarray:
+            assert is_busy.acquire(blocking=False)
+            at_once.append(number)
+            place[:] = slabs_of(voxels)[number]
+            time.sleep(0.002 * (number % 3))
+            is_busy.release()
+            return place
+
+        return make
+
+    write_slabs([maker() for _ in range(num_makers)], volume.affine, spec, volume.metadata, tmp_path / "a")
+    write_volume(volume, tmp_path / "b")
+    assert sorted(at_once) == list(range(9))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert np.array_equal(read_volume(tmp_path / "a").voxels, voxels)
 
 
 def test_the_digest_is_of_the_voxels_alone(tmp_path: Path) -> None:
@@ -200,15 +216,20 @@ def test_parts_are_written_one_after_another(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == b"onetwo"
 
 
+def pack(voxels: np.ndarray) -> list[bytes]:
+    slabs = slabs_of(voxels)
+    return list(pack_slabs([slabs.__getitem__], len(slabs)))
+
+
 @pytest.mark.parametrize("planes", [1, 14, 15, 40])
 def test_slabs_hold_any_number_of_planes(planes: int) -> None:
     voxels = np.random.default_rng(0).integers(-32768, 32768, (planes, 5, 7)).astype(np.int16)
-    packed = list(pack_slabs(slabs_of(voxels)))
+    packed = pack(voxels)
     assert len(packed) == -(-planes // PATCH)
     assert np.array_equal(unpack(packed, voxels.shape), voxels)
     with pytest.raises(ValueError, match="slab"):
         unpack(packed[:-1], voxels.shape)
-    other = list(pack_slabs(slabs_of(voxels[:, 1:].copy())))
+    other = pack(voxels[:, 1:].copy())
     cut = [packed[0][:length] for length in (0, 3, 20, len(packed[0]) - 1)]
     # What the header says is believed by the library: 0 voxels, or more bytes than there are.
     lies = [packed[0][:place] + bytes(4) + packed[0][place + 4 :] for place in (4, 12)]
@@ -220,7 +241,7 @@ def test_slabs_hold_any_number_of_planes(planes: int) -> None:
 def test_damage_inside_a_slab_never_ends_the_process() -> None:
     """A file's hash finds it before a slab is unpacked; without the hash it may give wrong voxels or an error."""
     voxels = np.random.default_rng(0).integers(0, 300, (14, 40, 40)).astype(np.int16)
-    packed = next(pack_slabs([voxels]))
+    (packed,) = pack(voxels)
     num_refused = 0
     for place in range(len(packed)):
         damaged = bytearray(packed)
