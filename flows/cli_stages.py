@@ -119,6 +119,9 @@ def preprocess(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes, one scan each; default by cores and free memory.")
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="Where scans are resampled: cpu, cuda or auto; the volumes are the same.")
+    ] = "cpu",
     prune: Annotated[
         bool, typer.Option("--prune", help="Delete volumes of scans that are gone or refused now.")
     ] = False,
@@ -159,6 +162,7 @@ def preprocess(
             on_progress=on_progress,
             num_workers=workers,
             is_pruning=prune,
+            device=device,
         )
     show_counts("scans", {"ok": done.num_ok} | done.refused_by_code)
     if done.num_refused:

@@ -46,6 +46,7 @@ def preprocess(
     num_workers: int | None = None,
     run_jobs: Runner | None = None,
     is_pruning: bool = False,
+    device: str = "cpu",
 ) -> PreprocessRecord:
     """Turn every scan below ``input``, a folder or an archive, into ``output/<scan_id>.safetensors`` and list them in
     ``output/manifest.parquet``.
@@ -59,14 +60,16 @@ def preprocess(
         num_workers: processes with one scan each; None for one a core, fewer where memory is short.
         run_jobs: does the jobs in another way than with processes of this machine.
         is_pruning: delete volumes without a row: of scans that are gone, or refused now.
+        device: where scans are resampled, see :func:`photon.device.choose_device`; the voxels are the same on each.
 
     Raises:
-        PhotonError: ``INPUT_MISSING``, ``ARCHIVE_EMPTY``, ``OUTPUT_UNWRITABLE``, ``OUTPUT_BUSY`` or
-            ``MODALITY_UNKNOWN``. What is wrong with a single scan becomes the ``status`` of its row.
+        PhotonError: ``INPUT_MISSING``, ``ARCHIVE_EMPTY``, ``OUTPUT_UNWRITABLE``, ``OUTPUT_BUSY``, ``MODALITY_UNKNOWN``,
+            ``DEVICE_UNKNOWN`` or ``GPU_UNAVAILABLE``. What is wrong with a single scan becomes its row's ``status``.
     """
     if modality not in ("auto", *MODALITIES):
         fact = f"it is not auto, {', '.join(MODALITIES)}."
         raise PhotonError("MODALITY_UNKNOWN", modality, fact, "Use one of these.")
+    gpu = _gpu(device)
     sources = find_scans(input)
     prepare_output_folder(output)
     settings = json.dumps([str(input.resolve()), spec.digest(), modality, trust])
@@ -84,6 +87,7 @@ def preprocess(
                 known=index.known.get(source.relative),
                 code=source_digest(),
                 is_listed=before.get(source.scan_id) is not None,
+                device=gpu,
             )
             for source in sources
         ]
@@ -156,6 +160,16 @@ def _local(jobs: list[ScanJob], num_workers: int) -> tuple[list[ScanJob], Runner
 
 def _run_here(jobs: Sequence[ScanJob]) -> Iterator[tuple[ScanJob, Outcome | None]]:
     return ((job, do_scan(job)) for job in jobs)
+
+
+def _gpu(device: str) -> str | None:
+    """The GPU that a setting means, None for the CPU, which needs no torch."""
+    if device == "cpu":
+        return None
+    from photon.device import choose_device
+
+    place = choose_device(device).type
+    return None if place == "cpu" else place
 
 
 def _num_bytes(path: Path) -> int:

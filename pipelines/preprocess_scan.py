@@ -47,6 +47,8 @@ class ScanJob:
     """Whether the last manifest names a volume of this scan, so that its file is ours whatever it holds."""
     num_threads: int = 1
     """That resample and pack: more than one where there are fewer scans than cores."""
+    device: str | None = None
+    """Where torch resamples; None: compiled loops on the CPU do."""
 
     @property
     def target(self) -> Path:
@@ -157,7 +159,7 @@ def _told(error: Exception, job: ScanJob) -> PhotonError:
     """
     if isinstance(error, PhotonError):
         return error
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
         fact = "there is not enough memory for it."
         return PhotonError("SCAN_TOO_LARGE", job.source.path, fact, "Crop it or use a larger machine.")
     place = traceback.extract_tb(error.__traceback__)[-1]
@@ -168,7 +170,9 @@ def _told(error: Exception, job: ScanJob) -> PhotonError:
 def _make_volume(job: ScanJob, scan: Scan) -> VolumeRecord:
     more = {"trust": job.trust} if job.trust else {}  # only then: volumes made without it keep their bytes
     try:
-        return store_scan(scan, job.spec, job.target, job.modality, more, num_threads=job.num_threads)
+        return store_scan(
+            scan, job.spec, job.target, job.modality, more, num_threads=job.num_threads, device=job.device
+        )
     except OSError as error:
         fact = f"the volume cannot be written ({error.strerror or error})."
         raise PhotonError("OUTPUT_UNWRITABLE", job.target, fact, "Free space; what is done is kept.") from error

@@ -35,6 +35,7 @@ from pipelines.volume_files import (
     write_slabs,
     write_volume,
 )
+from pipelines.voxel_codec import slabs_of
 
 __all__ = [
     "VOLUME_SPECS",
@@ -76,11 +77,18 @@ def store_scan(
     more_metadata: dict[str, Any] | None = None,
     *,
     num_threads: int = 1,
+    device: str | None = None,
 ) -> VolumeRecord:
     """The file that :func:`resample` and :func:`write_volume` make, with their errors, but slab by slab: the volume is
-    never held whole. It does not depend on the number of threads."""
+    never held whole, unless torch resamples it on a device. The file depends on neither threads nor device."""
     frame, mapping, metadata = _plan(scan, spec, modality)
-    makers = slab_makers(scan.array, scan.affine, frame, spec, mapping, num_makers=num_threads)
+    if device is None:
+        makers = slab_makers(scan.array, scan.affine, frame, spec, mapping, num_makers=num_threads)
+    else:
+        from pipelines.resample_torch import resample_torch
+
+        voxels = resample_torch(scan.array, scan.affine, frame, spec, mapping, device).cpu().numpy()
+        makers = [slabs_of(voxels).__getitem__] * num_threads
     return write_slabs(makers, grid_affine(frame, spec), spec, metadata | (more_metadata or {}), path)
 
 

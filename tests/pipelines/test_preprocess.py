@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 from photon.errors import PhotonError
@@ -158,6 +159,25 @@ def test_few_scans_share_the_cores_that_are_left_over(tmp_path: Path, monkeypatc
     for path in (tmp_path / "1").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "5" / path.name).read_bytes()
         assert path.read_bytes() == (tmp_path / "64" / path.name).read_bytes()
+
+
+def test_scans_are_resampled_on_the_device_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_scan(tmp_path / "in" / "a.nii")
+    preprocess(tmp_path / "in", tmp_path / "cpu", SPEC)
+    monkeypatch.setattr("pipelines.preprocess._gpu", lambda device: {"cuda": "cpu"}[device])  # torch, but no GPU
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipelines.resample.slab_makers", None)
+        patch.setattr("pipelines.volumes.slab_makers", None)
+        preprocess(tmp_path / "in", tmp_path / "cuda", SPEC, device="cuda")
+    assert (tmp_path / "cpu/a.safetensors").read_bytes() == (tmp_path / "cuda/a.safetensors").read_bytes()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(PhotonError, match="GPU_UNAVAILABLE"):
+        preprocess(tmp_path / "missing", tmp_path / "out", SPEC, device="cuda")
+    put_scan(tmp_path / "in" / "a.nii")
+    assert preprocess(tmp_path / "in", tmp_path / "out", SPEC, device="auto").num_ok == 1
 
 
 def test_equal_names_get_different_ids(tmp_path: Path) -> None:

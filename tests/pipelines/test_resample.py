@@ -241,6 +241,16 @@ def test_stored_slab_by_slab_is_the_same_file(kind: str, num_threads: int, tmp_p
         assert record.metadata == volume.metadata == read_volume_record(tmp_path / "slabs").metadata
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_torch_stores_the_same_file(device: str, tmp_path: Path) -> None:
+    random = np.random.default_rng(3)
+    for kind in ("straight", "tilted"):
+        scan = as_scan(random_scan(random, np.int16), random_affine(random, kind), "ct")
+        for name, place, num_threads in (("loops", None, 1), ("torch", device, 2)):
+            store_scan(scan, SPEC, tmp_path / name, num_threads=num_threads, device=place)
+        assert (tmp_path / "loops").read_bytes() == (tmp_path / "torch").read_bytes()
+
+
 def test_values_of_other_types_and_scattered_memory_are_read_too() -> None:
     array = np.random.default_rng(0).integers(0, 200, (20, 30, 40))
     frame, expected = frame_of(array.shape, np.eye(4)), None
