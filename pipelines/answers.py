@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import polars as pl
 
-from photon.errors import PhotonError
-from pipelines.files import atomic_path
+from pipelines.parquet import read_table, write_table
 
 if TYPE_CHECKING:
     from pipelines.questions import Question
@@ -22,8 +21,7 @@ MAX_ANSWER_TOKENS = 12
 POLICIES = ("photon", "all_tokens", "blind", "majority")
 """How an answer came about: with pruning, with every visual token, without the scan, without a model."""
 
-ANSWER_SCHEMA: dict[str, Any] = {
-    "policy": pl.String,
+QUESTION_SCHEMA: dict[str, Any] = {
     "question_id": pl.String,
     "scan_id": pl.String,
     "patient_id": pl.String,
@@ -33,6 +31,12 @@ ANSWER_SCHEMA: dict[str, Any] = {
     "kind": pl.String,
     "question": pl.String,
     "gold": pl.String,
+}
+"""What a table of answers says of the question; `gold` is its right answer."""
+
+ANSWER_SCHEMA: dict[str, Any] = {
+    "policy": pl.String,
+    **QUESTION_SCHEMA,
     "predicted": pl.String,
     "score": pl.Float64,
     "is_unparsed": pl.Boolean,
@@ -79,30 +83,20 @@ class Answerer(Protocol):
         """Answers in the order of ``questions``, all of them about ``volume``; None: without looking."""
 
 
+def question_columns(question: Question) -> dict[str, object]:
+    """A row of :data:`QUESTION_SCHEMA`."""
+    return {name: getattr(question, name) for name in QUESTION_SCHEMA if name != "gold"} | {"gold": question.answer}
+
+
 def write_answers(rows: Sequence[dict[str, object]], target: Path) -> pl.DataFrame:
     """Write rows of :data:`ANSWER_SCHEMA` as Parquet, atomically, and return the table."""
-    table = pl.DataFrame(rows, schema=ANSWER_SCHEMA, orient="row")
-    with atomic_path(target) as temporary:
-        table.write_parquet(temporary, compression="zstd")
-    return table
+    return write_table(rows, ANSWER_SCHEMA, target)
 
 
 def read_answers(source: Path) -> pl.DataFrame:
     """Read a table written by :func:`write_answers`.
 
     Raises:
-        PhotonError: ``TABLE_UNREADABLE`` when the file is missing, is not Parquet or has other columns.
+        PhotonError: ``TABLE_UNREADABLE``, see :func:`read_table`.
     """
-    remedy = "Run `photon evaluate` again."
-    try:
-        table = pl.read_parquet(source)
-    except FileNotFoundError as error:
-        raise PhotonError("TABLE_UNREADABLE", source, "the file does not exist.", remedy) from error
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise PhotonError("TABLE_UNREADABLE", source, f"it is not a Parquet table ({error}).", remedy) from error
-    if table.schema != pl.Schema(ANSWER_SCHEMA):
-        different = sorted(set(table.schema.items()) ^ set(pl.Schema(ANSWER_SCHEMA).items()), key=str)
-        raise PhotonError(
-            "TABLE_UNREADABLE", source, f"its columns differ in {[name for name, _ in different]}.", remedy
-        )
-    return table
+    return read_table(source, ANSWER_SCHEMA, "Run `photon evaluate` again.")

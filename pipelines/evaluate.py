@@ -13,7 +13,7 @@ import numpy as np
 
 from photon.errors import PhotonError
 from pipelines import summaries
-from pipelines.answers import POLICIES, Answer, Answerer, write_answers
+from pipelines.answers import POLICIES, Answer, Answerer, question_columns, write_answers
 from pipelines.baselines import MajorityAnswerer
 from pipelines.files import prepare_output_folder
 from pipelines.manifest import MANIFEST_NAME, read_manifest
@@ -160,15 +160,7 @@ def _answer_scan(
 def _row(policy: str, question: Question, answer: Answer, organ: Retention | None, num_kept: int) -> dict[str, Any]:
     return {
         "policy": policy,
-        "question_id": question.question_id,
-        "scan_id": question.scan_id,
-        "patient_id": question.patient_id,
-        "family": question.family,
-        "subtype": question.subtype,
-        "organ": question.organ,
-        "kind": question.kind,
-        "question": question.question,
-        "gold": question.answer,
+        **question_columns(question),
         "predicted": answer.text,
         "score": score_answer(question, answer.text),
         "is_unparsed": is_parse_failure(question, answer.text),

@@ -8,8 +8,9 @@ from typing import Any
 
 import polars as pl
 
-from photon.errors import PhotonError
-from pipelines.files import atomic_path
+from pipelines.answers import QUESTION_SCHEMA, question_columns
+from pipelines.parquet import read_table, write_table
+from pipelines.questions import Question
 
 TRAINED = "trained"
 """The condition in which a model answers as it was trained to: with the tokens of its own policy."""
@@ -25,16 +26,8 @@ STUDY_SCHEMA: dict[str, Any] = {
     "variant": pl.String,
     "seed": pl.Int64,
     "condition": pl.String,
-    "question_id": pl.String,
-    "scan_id": pl.String,
-    "patient_id": pl.String,
-    "family": pl.String,
-    "subtype": pl.String,
-    "organ": pl.String,
-    "kind": pl.String,
-    "question": pl.String,
+    **QUESTION_SCHEMA,
     "num_options": pl.Int64,
-    "gold": pl.String,
     "predicted": pl.String,
     "score": pl.Float64,
     "confidence": pl.Float64,
@@ -51,31 +44,21 @@ questions without options. `seconds` is the question's share of the time of all 
 of the scan left out; `encode_seconds` is that encoding's time, spent once a scan."""
 
 
+def asked_columns(question: Question) -> dict[str, object]:
+    """The columns of :data:`STUDY_SCHEMA` that are the question's."""
+    return question_columns(question) | {"num_options": len(question.options)}
+
+
 def write_study_answers(rows: Sequence[dict[str, object]], target: Path) -> pl.DataFrame:
     """Write rows of :data:`STUDY_SCHEMA` as Parquet, atomically, and return the table."""
-    table = pl.DataFrame(rows, schema=STUDY_SCHEMA, orient="row")
-    with atomic_path(target) as temporary:
-        table.write_parquet(temporary, compression="zstd")
-    return table
+    return write_table(rows, STUDY_SCHEMA, target)
 
 
 def read_study_answers(*sources: Path) -> pl.DataFrame:
     """Read tables written by :func:`write_study_answers`, one after another.
 
     Raises:
-        PhotonError: ``TABLE_UNREADABLE`` when a file is missing, is not Parquet or has other columns.
+        PhotonError: ``TABLE_UNREADABLE``, see :func:`read_table`.
     """
-    remedy = "Run `photon study` again."
-    tables = []
-    for source in sources:
-        try:
-            table = pl.read_parquet(source)
-        except FileNotFoundError as error:
-            raise PhotonError("TABLE_UNREADABLE", source, "the file does not exist.", remedy) from error
-        except (pl.exceptions.PolarsError, OSError) as error:
-            raise PhotonError("TABLE_UNREADABLE", source, f"it is not a Parquet table ({error}).", remedy) from error
-        if table.schema != pl.Schema(STUDY_SCHEMA):
-            different = sorted({name for name, _ in set(table.schema.items()) ^ set(pl.Schema(STUDY_SCHEMA).items())})
-            raise PhotonError("TABLE_UNREADABLE", source, f"its columns differ in {different}.", remedy)
-        tables.append(table)
+    tables = [read_table(source, STUDY_SCHEMA, "Run `photon study` again.") for source in sources]
     return pl.concat(tables) if tables else pl.DataFrame(schema=STUDY_SCHEMA)

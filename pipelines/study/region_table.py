@@ -11,8 +11,8 @@ import numpy as np
 import polars as pl
 
 from photon.errors import PhotonError
-from pipelines.files import atomic_path
 from pipelines.manifest import MANIFEST_NAME, read_manifest
+from pipelines.parquet import read_table, write_table
 from pipelines.questions import Question, read_questions
 from pipelines.regions import BoolArray
 from pipelines.study.asked import AskedRegion, read_asked_regions
@@ -72,26 +72,16 @@ def write_regions(
         rows += [_row(question, regions.get(question.question_id)) for question in questions]
         if on_progress:
             on_progress(done, len(scans), f"regions of {scan_id}")
-    table = pl.DataFrame(rows, schema=REGION_SCHEMA, orient="row")
-    with atomic_path(target) as temporary:
-        table.write_parquet(temporary, compression="zstd")
-    return table
+    return write_table(rows, REGION_SCHEMA, target)
 
 
 def read_regions(source: Path) -> pl.DataFrame:
     """Read a table written by :func:`write_regions`.
 
     Raises:
-        PhotonError: ``TABLE_UNREADABLE`` when the file is missing, is not Parquet or has other columns.
+        PhotonError: ``TABLE_UNREADABLE``, see :func:`read_table`.
     """
-    remedy = "Run `photon study` again."
-    try:
-        table = pl.read_parquet(source)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise PhotonError("TABLE_UNREADABLE", source, f"it is no Parquet table ({error}).", remedy) from error
-    if table.schema != pl.Schema(REGION_SCHEMA):
-        raise PhotonError("TABLE_UNREADABLE", source, f"its columns are {table.columns}.", remedy)
-    return table
+    return read_table(source, REGION_SCHEMA, "Run `photon study` again.")
 
 
 def elsewhere(organs: Sequence[str], places: Sequence[Sequence[int] | None]) -> BoolArray:

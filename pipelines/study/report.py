@@ -19,7 +19,7 @@ from pipelines.report_pictures import question_gallery
 from pipelines.results import Record
 from pipelines.study import sections
 from pipelines.study.analysis import BASELINES, analyse
-from pipelines.study.answer_table import STUDY_SCHEMA, TRAINED, read_study_answers
+from pipelines.study.answer_table import STUDY_SCHEMA, TRAINED, asked_columns, read_study_answers
 from pipelines.study.records import RunRecord, WarmUpRecord
 from pipelines.study.region_table import REGIONS, read_regions
 from pipelines.study.spec import StudySpec
@@ -135,16 +135,7 @@ def majority_answers(data: Path, question_ids: set[str], *, seed: int) -> pl.Dat
             "variant": "majority",
             "seed": seed,
             "condition": TRAINED,
-            "question_id": question.question_id,
-            "scan_id": question.scan_id,
-            "patient_id": question.patient_id,
-            "family": question.family,
-            "subtype": question.subtype,
-            "organ": question.organ,
-            "kind": question.kind,
-            "question": question.question,
-            "num_options": len(question.options),
-            "gold": question.answer,
+            **asked_columns(question),
             "predicted": answer.text,
             "score": score_answer(question, answer.text),
             "confidence": answer.confidence,

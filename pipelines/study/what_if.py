@@ -20,7 +20,7 @@ from photon.grid import num_visual_tokens
 from pipelines.metrics import score_answer
 from pipelines.questions import Question, read_questions
 from pipelines.regions import BoolArray
-from pipelines.study.answer_table import TRAINED, write_study_answers
+from pipelines.study.answer_table import TRAINED, asked_columns, write_study_answers
 from pipelines.study.answering import Said, StudyAnswerer
 from pipelines.study.region_table import asked_scans, elsewhere, read_regions
 from pipelines.volumes import read_volume
@@ -186,16 +186,7 @@ def _known(keep: Tensor | None) -> Tensor:
 def _row(question: Question, said: Said, scan: EncodedScan, answerer: StudyAnswerer) -> dict[str, object]:
     vision = answerer.model.config.vision
     return {
-        "question_id": question.question_id,
-        "scan_id": question.scan_id,
-        "patient_id": question.patient_id,
-        "family": question.family,
-        "subtype": question.subtype,
-        "organ": question.organ,
-        "kind": question.kind,
-        "question": question.question,
-        "num_options": len(question.options),
-        "gold": question.answer,
+        **asked_columns(question),
         "predicted": said.text,
         "score": score_answer(question, said.text),
         "confidence": said.confidence,
