@@ -169,7 +169,7 @@ class _Header:
         affine = np.eye(4)
         affine[:3, :3] = directions.T * spacing
         affine[:3, 3] = self.numbers("Offset", 3, "0 0 0")
-        check_matrix(affine, self._path)
+        check_matrix(affine, self._path, self.notes)
         lengths = np.linalg.norm(directions, axis=1)
         if np.abs(lengths - 1).max() > 1e-3:
             fact = f"its axes have lengths {tuple(lengths.round(4).tolist())} instead of 1."

@@ -126,6 +126,26 @@ def test_spaces_of_nrrd(tmp_path: Path) -> None:
         assert read_scan(path).spacing_mm == (0.7, 0.8, 2.5)
 
 
+def test_spacings_of_nrrd_without_directions(tmp_path: Path) -> None:
+    assumed = "the header records no directions: axes along those of the space are assumed"
+    changes = {"space directions": None, "spacings": "0.7 0.8 2.5"}
+    scan = read_scan(nrrd(tmp_path / "a.nrrd", changes=changes))
+    assert scan.spacing_mm == (0.7, 0.8, 2.5) and scan.orientation == "LPS" and scan.notes == (assumed,)
+    scan = read_scan(nrrd(tmp_path / "a.nrrd", changes=changes | {"spacings": "0.7 -0.8 2.5"}))
+    assert scan.orientation == "LAS" and len(scan.notes) == 2 and "turn" in scan.notes[0]
+    for unit, spacings in (("cm", ".07 .08 .25"), ("um", "700 800 2500")):
+        units = " ".join([f'"{unit}"'] * 3)
+        path = nrrd(tmp_path / "b.nrrd", changes=changes | {"spacings": spacings, "units": units})
+        scan = read_scan(path)
+        assert scan.spacing_mm == (0.7, 0.8, 2.5) and "unit of length" in scan.notes[1]
+    scan = read_scan(nrrd(tmp_path / "a.nrrd", changes={"space directions": None}))
+    assert scan.spacing_mm == (1, 1, 1) and len(scan.notes) == 2 and assumed in scan.notes
+    for unit in ("mm", "millimeter", ""):
+        assert read_scan(nrrd(tmp_path / "a.nrrd", changes={"units": f'"{unit}" "{unit}" "{unit}"'})).notes == ()
+    for same in ("0.7 0.8 2.5", "nan nan nan"):
+        assert read_scan(nrrd(tmp_path / "a.nrrd", changes={"spacings": same})).notes == ()
+
+
 def test_detached_and_skipped_data(tmp_path: Path) -> None:
     (tmp_path / "my data.raw").write_bytes(b"12 bytes of " + VOXELS.tobytes())
     for skip in ("12", "-1"):
@@ -158,6 +178,17 @@ def test_slope_and_modality_of_metaimage(tmp_path: Path) -> None:
     assert any("slope 2" in note for note in scan.notes)
 
 
+def test_origins_beyond_any_scanner_are_noted(tmp_path: Path) -> None:
+    for path in (
+        meta(tmp_path / "a.mha", Offset="0 20000 0"),
+        nrrd(tmp_path / "a.nrrd", changes={"space origin": "(0,20000,0)"}),
+    ):
+        scan = read_scan(path)
+        assert scan.affine[1, 3] == -20_000 and scan.notes == (
+            "its first voxel lies 20 m from the origin: taken as it is",
+        )
+
+
 META_FAULTS: dict[str, tuple[dict[str, str], str]] = {
     "four axes": ({"NDims": "4", "DimSize": "4 5 6 1", "ElementSpacing": "1 1 1 1"}, "SCAN_NOT_3D"),
     "two axes": ({"NDims": "2", "DimSize": "20 6"}, "SCAN_NOT_3D"),
@@ -185,6 +216,9 @@ META_FAULTS: dict[str, tuple[dict[str, str], str]] = {
     "NaN directions": ({"TransformMatrix": "nan 0 0 0 1 0 0 0 1"}, "AFFINE_INVALID"),
     "other unit": ({"DistanceUnits": "cm"}, "AFFINE_INVALID"),
     "infinite offset": ({"Offset": "inf 0 0"}, "AFFINE_INVALID"),
+    "vast offset": ({"Offset": "1e200 0 0"}, "AFFINE_INVALID"),
+    "offset of a kilometre": ({"Offset": "0 0 -1000001"}, "AFFINE_INVALID"),
+    "vast directions": ({"TransformMatrix": "1e200 0 0 0 1 0 0 0 1"}, "AFFINE_INVALID"),
     "slope zero": ({"ElementToIntensityFunctionSlope": "0"}, "SCALING_INVALID"),
     "slope NaN": ({"ElementToIntensityFunctionSlope": "nan"}, "SCALING_INVALID"),
     "negative skip": ({"HeaderSize": "-7"}, "SCAN_UNREADABLE"),
@@ -227,6 +261,16 @@ NRRD_FAULTS: dict[str, tuple[dict[str, str | None], str]] = {
     "two directions": ({"space directions": "(1,0,0) (0,1,0)"}, "AFFINE_INVALID"),
     "singular": ({"space directions": "(1,0,0) (1,0,0) (0,0,1)"}, "AFFINE_INVALID"),
     "vast spacing": ({"space directions": "(1e30,0,0) (0,1,0) (0,0,1)"}, "SPACING_INVALID"),
+    "endless direction": ({"space directions": "(1e200,0,0) (0,1,0) (0,0,1)"}, "AFFINE_INVALID"),
+    "origin NaN": ({"space origin": "(1,2,nan)"}, "AFFINE_INVALID"),
+    "origin of a kilometre": ({"space origin": "(1,2e6,3)"}, "AFFINE_INVALID"),
+    "spacing of two": ({"space directions": None, "spacings": "1 2"}, "SCAN_UNREADABLE"),
+    "spacing zero": ({"space directions": None, "spacings": "1 0 2"}, "SPACING_INVALID"),
+    "spacing NaN": ({"space directions": None, "spacings": "1 nan 2"}, "SPACING_INVALID"),
+    "spacing in metres": ({"space directions": None, "spacings": "1 1 2", "units": '"m" "m" "m"'}, "SPACING_INVALID"),
+    "two units": ({"space units": '"mm" "mm" "mm"', "units": '"cm" "cm" "cm"'}, "AFFINE_INVALID"),
+    "two spacings without end": ({"spacings": "inf 0.8 2.5"}, "AFFINE_INVALID"),
+    "unit of axes with directions": ({"units": '"cm" "cm" "cm"'}, "AFFINE_INVALID"),
     "two spacings": ({"spacings": "1 2 3"}, "AFFINE_INVALID"),
     "origin of axes": ({"space origin": None, "axis mins": "10 20 30"}, "AFFINE_INVALID"),
     "origin of two": ({"space origin": "(1,2)"}, "AFFINE_INVALID"),
