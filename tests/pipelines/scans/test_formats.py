@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import zlib
+from itertools import permutations, product
 from pathlib import Path
 
 import numpy as np
@@ -108,8 +109,49 @@ def test_directions_offsets_and_what_is_ignored(tmp_path: Path) -> None:
     assert_same(path)
     scan = read_scan(path)
     assert scan.orientation == "PIR" and scan.spacing_mm == (0.7, 0.8, 2.5)
+    assert scan.notes == ("AnatomicalOrientation RAI contradicts axes towards PIR: the directions of the axes count",)
     assert_same(meta(tmp_path / "b.mha", without=("TransformMatrix", "Offset"), Rotation=turn, Position="1 2 3"))
-    assert_same(meta(tmp_path / "c.mha", without=("ElementSpacing",), ElementSize="2 3 4"))
+
+
+def test_sizes_of_metaimage_beside_spacings(tmp_path: Path) -> None:
+    path = meta(tmp_path / "a.mha", without=("ElementSpacing",), ElementSize="2 3 4")
+    assert_same(path)
+    assert read_scan(path).notes == ("the header records no ElementSpacing: ElementSize is taken for it",)
+    for size, num_notes in (("0.7 0.8 2.5", 0), ("0.7 0.8 2.52", 0), ("0.7 0.8 2.6", 1), ("0.7 nan 2.5", 1)):
+        path = meta(tmp_path / "a.mha", ElementSize=size)
+        scan = read_scan(path)
+        assert scan.spacing_mm == (0.7, 0.8, 2.5) and len(scan.notes) == num_notes
+        assert all("ElementSpacing (0.7, 0.8, 2.5), which counts" in note for note in scan.notes)
+    assert_same(meta(tmp_path / "a.mha", ElementSize="0.7 0.8 5"))
+
+
+def test_letters_of_metaimage_against_its_matrix(tmp_path: Path) -> None:
+    def notes(letters: str, turn: str = "1 0 0 0 1 0 0 0 1", without: tuple[str, ...] = ()) -> tuple[str, ...]:
+        path = meta(tmp_path / "a.mha", without=without, TransformMatrix=turn, AnatomicalOrientation=letters)
+        return read_scan(path).notes
+
+    for letters in ("RAI", "rai", "LPS", "???", "R?I", ""):
+        assert notes(letters) == ()
+    for letters in ("RAS", "LAI", "ARI", "LPI", "IAR"):
+        assert notes(letters) == (
+            f"AnatomicalOrientation {letters} contradicts axes towards LPS: the directions of the axes count",
+        )
+    assert notes("LPI", "-1 0 0 0 -1 0 0 0 1") == () != notes("RAI", "-1 0 0 0 -1 0 0 0 1")
+    for letters in ("RRI", "RA", "RAIS", "INVENTED^PATIENT"):
+        (note,) = notes(letters)
+        assert "contradicts" in note or "no orientation" in note and letters not in note
+    assert len(notes("LPI", without=("TransformMatrix",))) == 2  # assumed directions count, too
+
+
+def test_letters_that_itk_writes_contradict_no_matrix(tmp_path: Path) -> None:
+    random = np.random.RandomState(0)
+    image = sitk.GetImageFromArray(random.randint(-900, 900, (4, 5, 6)).astype(np.int16))
+    turns = [np.eye(3)[list(order)] * signs for order in permutations(range(3)) for signs in product((-1, 1), repeat=3)]
+    oblique = np.array([[2, -1, 2], [2, 2, -1], [-1, 2, 2]]) / 3  # as far between the axes as can be
+    for turn in (*turns, *(np.linalg.qr(random.randn(3, 3))[0] for _ in range(100)), oblique, oblique.T):
+        image.SetDirection(turn.ravel().tolist())
+        sitk.WriteImage(image, str(tmp_path / "a.mha"))
+        assert read_scan(tmp_path / "a.mha").notes == ()
 
 
 def test_spaces_of_nrrd(tmp_path: Path) -> None:
