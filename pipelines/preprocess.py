@@ -44,8 +44,8 @@ def preprocess(
     run_jobs: Runner | None = None,
     is_pruning: bool = False,
 ) -> PreprocessRecord:
-    """Turn every scan below ``input``, a folder or an archive, into ``output/<scan_id>.safetensors`` and list them in
-    ``output/manifest.parquet``.
+    """Turn every scan below ``input``, a folder, archive or scan, into ``output/<scan_id>.safetensors`` and list them
+    in ``output/manifest.parquet``.
 
     Scans whose source, spec and modality are unchanged and whose volume is whole are not done again; after a run that
     was killed the same call goes on where it was. Several processes with the same arguments share the work. The result
