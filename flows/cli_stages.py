@@ -106,7 +106,9 @@ def generate(
 def preprocess(
     input: Annotated[
         Path,
-        typer.Option(help="Folder of scans, searched with its sub-folders and archives; or a .tar, .tar.gz or .zip."),
+        typer.Option(
+            help="Folder of scans, searched with its sub-folders and archives; or one scan, .tar, .tar.gz or .zip."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for the volumes and manifest.parquet.")],
     preset: Annotated[
@@ -222,7 +224,9 @@ def export(
 def score(
     archive: Annotated[
         Path,
-        typer.Option(help="Folder of scans, searched with its sub-folders and archives; or a .tar, .tar.gz or .zip."),
+        typer.Option(
+            help="Folder of scans, searched with its sub-folders and archives; or one scan, .tar, .tar.gz or .zip."
+        ),
     ],
     questions: Annotated[Path, typer.Option(help="JSON lines file; scan_id * asks every scan.")],
     model: Annotated[str, typer.Option(help="Export folder, or models:/photon@champion.")],

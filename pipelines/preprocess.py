@@ -48,8 +48,8 @@ def preprocess(
     is_pruning: bool = False,
     device: str = "cpu",
 ) -> PreprocessRecord:
-    """Turn every scan below ``input``, a folder or an archive, into ``output/<scan_id>.safetensors`` and list them in
-    ``output/manifest.parquet``.
+    """Turn every scan below ``input``, a folder, archive or scan, into ``output/<scan_id>.safetensors`` and list them
+    in ``output/manifest.parquet``.
 
     Scans whose source, spec and modality are unchanged and whose volume is whole are not done again; after a run that
     was killed the same call goes on where it was. Several processes with the same arguments share the work. The result

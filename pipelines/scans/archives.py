@@ -73,9 +73,10 @@ def list_members(path: Path) -> list[Member]:
     A ``.tar.gz`` is read to its end, which checks its checksum.
 
     Raises:
-        PhotonError: ``SCAN_MISSING``; ``ARCHIVE_UNREADABLE``, ``GZIP_CORRUPT`` or ``SCAN_TRUNCATED`` when it is
-            damaged; ``ARCHIVE_UNSAFE`` for names out of the archive, two files of one name, links and devices;
-            ``ARCHIVE_TOO_LARGE`` for too many or too large entries, and sizes that no real file has.
+        PhotonError: ``SCAN_MISSING``; ``ARCHIVE_UNREADABLE``, ``GZIP_CORRUPT``, ``SCAN_TRUNCATED`` or
+            ``SCAN_TRAILING_DATA`` when it is damaged; ``ARCHIVE_UNSAFE`` for names out of the archive, two files of one
+            name, links and devices; ``ARCHIVE_TOO_LARGE`` for too many or too large entries, and sizes that no real
+            file has.
     """
     with _reading(path):
         return list(_list_zip(path) if path.name.lower().endswith(".zip") else _list_tar(path))

@@ -17,8 +17,17 @@ MAX_VOXELS = 2**29
 
 SPACING_RANGE_MM = (0.05, 20.0)
 MAX_SPACING_MISMATCH = 0.01
+MAX_NUMBER = 1e100
+"""Squares of larger ones overflow."""
+
 MIN_INDEPENDENCE = 0.5
 """Smallest volume of the box that the unit vectors of the three axes span: 30 degrees of shear."""
+
+FAR_ORIGIN_MM = 1e4
+"""No scanner's frame reaches farther; only a frame of something else does, or a wrong unit."""
+
+MAX_ORIGIN_MM = 1e6
+"""Beyond it the steps of float32, in which many programs keep positions, exceed the smallest voxel."""
 
 MAX_SCALE = 1e6
 MAX_VALUE = 1e7
@@ -59,22 +68,28 @@ def check_spacing(spacing_mm: Sequence[float], path: Path) -> None:
         PhotonError: ``SPACING_INVALID``.
     """
     low, high = SPACING_RANGE_MM
-    if not all(low <= value <= high for value in spacing_mm):
+    if not is_spacing(spacing_mm):
         fact = f"its voxel spacing is {shown(spacing_mm)} mm; {low} to {high} is possible."
         raise PhotonError("SPACING_INVALID", path, fact, EXPORT_AGAIN)
 
 
-def check_matrix(affine: np.ndarray, path: Path, *, with_lengths: bool = True) -> None:
-    """Prove that a voxel-to-world matrix [4, 4] in mm is finite and spans a volume.
+def is_spacing(spacing_mm: Sequence[float]) -> bool:
+    """Whether voxels may have these edges."""
+    return all(SPACING_RANGE_MM[0] <= value <= SPACING_RANGE_MM[1] for value in spacing_mm)
+
+
+def check_matrix(affine: np.ndarray, path: Path, notes: list[str], *, with_lengths: bool = True) -> None:
+    """Prove that a voxel-to-world matrix [4, 4] in mm is finite and spans a volume, at a place that can be.
 
     Args:
+        notes: takes what :func:`check_origin` notes.
         with_lengths: its columns must have plausible lengths, too.
 
     Raises:
         PhotonError: ``AFFINE_INVALID`` or ``SPACING_INVALID``.
     """
-    if not np.isfinite(affine).all():
-        raise bad_affine(path, "its matrix holds NaN or infinity.")
+    if not (np.abs(affine) < MAX_NUMBER).all():  # also when it is NaN
+        raise bad_affine(path, "its matrix holds NaN, infinity or numbers without end.")
     lengths = [column_length(affine, axis) for axis in range(3)]
     if min(lengths) == 0:
         raise bad_affine(path, f"its matrix is singular: its axes are {shown(lengths)} mm long.")
@@ -82,6 +97,22 @@ def check_matrix(affine: np.ndarray, path: Path, *, with_lengths: bool = True) -
         check_spacing(lengths, path)
     if abs(float(np.linalg.det(affine[:3, :3] / lengths))) < MIN_INDEPENDENCE:
         raise bad_affine(path, "its matrix is singular or sheared flat.")
+    check_origin(affine, path, notes)
+
+
+def check_origin(affine: np.ndarray, path: Path, notes: list[str]) -> None:
+    """Prove that the first voxel of a finite matrix [4, 4] in mm lies where its position can be told exactly; what
+    lies farther off than scanners reach is noted.
+
+    Raises:
+        PhotonError: ``AFFINE_INVALID``.
+    """
+    distance_mm = math.hypot(*affine[:3, 3])
+    if distance_mm > MAX_ORIGIN_MM:
+        fact = f"its first voxel lies {distance_mm:.4g} mm from the origin; at most {MAX_ORIGIN_MM:g} is possible."
+        raise bad_affine(path, fact)
+    if distance_mm > FAR_ORIGIN_MM:
+        notes.append(f"its first voxel lies {distance_mm / 1000:.4g} m from the origin: taken as it is")
 
 
 def check_scaling(slope: float, intercept: float, path: Path) -> None:

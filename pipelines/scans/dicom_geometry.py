@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from photon.errors import PhotonError
-from pipelines.scans.checks import bad_affine, check_spacing
+from pipelines.scans.checks import bad_affine, check_origin, check_spacing
 from pipelines.scans.dicom_files import GET_AGAIN
 from pipelines.scans.dicom_headers import Slice
 
@@ -117,6 +117,7 @@ def stacked(slices: Sequence[Slice], subject: Path) -> Stack:
     affine[:3, 1] = _unit(first.axes[3:]) * rows  # type: ignore[index]
     affine[:3, 2] = step
     affine[:3, 3] = fitted[0]
+    check_origin(affine, subject, notes)
     return Stack(places=tuple(map(tuple, places)), affine=_LPS_TO_RAS @ affine, notes=tuple(notes))
 
 

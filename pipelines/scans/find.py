@@ -15,7 +15,7 @@ from photon.errors import PhotonError
 from pipelines.scans.archives import Member, extract, is_archive_name, list_members
 from pipelines.scans.checks import MAX_VOXELS, Trust, unsupported
 from pipelines.scans.detached import data_file
-from pipelines.scans.kinds import dicom_folders, is_dicom_file, is_hidden, is_scan_name, unpack
+from pipelines.scans.kinds import dicom_folders, is_dicom_file, is_hidden, is_scan_name, refusal_of_name, unpack
 from pipelines.scans.scan import (
     FORMAT_OF_ENDING,
     Scan,
@@ -63,13 +63,14 @@ def find_scans(folder: Path) -> list[Source]:
     other folders.
 
     Args:
-        folder: or an archive alone.
+        folder: or an archive or a scan file alone.
 
     Raises:
-        PhotonError: ``INPUT_MISSING`` when the folder is not there, ``ARCHIVE_EMPTY`` when it holds no scan.
+        PhotonError: ``INPUT_MISSING`` when the folder is not there, or a file that is neither archive nor scan;
+            ``ARCHIVE_EMPTY`` when it holds no scan.
     """
-    if folder.is_file() and is_archive_name(folder.name):
-        found = [dataclasses.replace(one, relative=one.relative or folder.name) for one in _in_archive(folder, "")]
+    if folder.is_file():
+        found = _of_file(folder)
     elif folder.is_dir():
         found = list(_in_folder(folder))
     else:
@@ -158,12 +159,25 @@ def _in_folder(folder: Path) -> Iterator[Source]:
             if is_archive_name(path.name):
                 yield from _in_archive(path, name)
             elif is_scan_name(path.name):
-                yield Source(scan_id="", path=path, relative=name, refusal=_refusal(path))
+                yield Source(scan_id="", path=path, relative=name, refusal=refusal_of_name(path))
     for error in closed:
         path = Path(error.filename)
         fact = f"the folder cannot be listed ({error.strerror})."
         refusal = PhotonError("SCAN_UNREADABLE", path, fact, "Check its permissions.")
         yield Source(scan_id="", path=path, relative=path.relative_to(folder).as_posix(), refusal=refusal)
+
+
+def _of_file(path: Path) -> list[Source]:
+    """Sources without ids of a file that was given in place of a folder."""
+    if is_archive_name(path.name):
+        return [dataclasses.replace(one, relative=one.relative or path.name) for one in _in_archive(path, "")]
+    if is_scan_name(path.name) and not path.name.startswith("."):
+        return [Source(scan_id="", path=path, relative=path.name, refusal=refusal_of_name(path))]
+    if is_dicom_file(path.name, path):
+        fact = "it is one DICOM file; a series is read from its folder."
+        raise PhotonError("INPUT_MISSING", path, fact, "Give the folder that the file lies in.")
+    fact = f"it is a file, but by its name neither a scan ({', '.join(FORMAT_OF_ENDING)}) nor an archive."
+    raise PhotonError("INPUT_MISSING", path, fact, "Give a folder, a scan, or a .tar, .tar.gz or .zip of scans.")
 
 
 def _in_archive(path: Path, relative: str) -> list[Source]:
@@ -195,7 +209,7 @@ def _of_members(path: Path, relative: str, members: list[Member]) -> Iterator[So
             refusal = PhotonError("ARCHIVE_NESTED", path, fact, "Unpack the outer one, and give the folder.")
             yield dataclasses.replace(source, refusal=refusal)
         elif is_scan_name(inner.name):
-            yield dataclasses.replace(source, refusal=_refusal(path / inner))
+            yield dataclasses.replace(source, refusal=refusal_of_name(path / inner))
     for folder, files in dicom_folders(members):
         with tempfile.TemporaryDirectory(prefix="photon-") as temporary:
             unpack(path, files, Path(temporary))
@@ -237,12 +251,6 @@ def _series(folder: Path, relative: str) -> Iterator[Source]:
             refusal=series.refusal,
             heights_mm=series.heights_mm,
         )
-
-
-def _refusal(path: Path) -> PhotonError | None:
-    if scan_ending(path) in FORMAT_OF_ENDING:
-        return None
-    return unsupported(path, f"{path.suffix} files are not read.")
 
 
 def _about_member(error: PhotonError, temporary: str, name: Path) -> PhotonError:

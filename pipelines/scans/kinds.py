@@ -7,19 +7,30 @@ from pathlib import Path, PurePosixPath
 
 from photon.errors import PhotonError
 from pipelines.scans.archives import Member, extract, is_archive_name
+from pipelines.scans.checks import unsupported
 from pipelines.scans.scan import DICOM_ENDINGS, FORMAT_OF_ENDING, PREAMBLE, is_dicom, scan_ending
 from pipelines.scans.streams import MAX_LARGE_RATIO, MAX_UNPROVEN_BYTES
 
-OTHER_FORMATS = (
-    *(".mgz", ".mgh", ".hdr", ".mnc", ".nii.bz2", ".nii.xz", ".nii.zst"),
-    *(".7z", ".rar", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst"),
-)
+OTHER_ARCHIVES = (".7z", ".rar", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+OTHER_FORMATS = (".mgz", ".mgh", ".hdr", ".mnc", ".nii.bz2", ".nii.xz", ".nii.zst", *OTHER_ARCHIVES)
 """Files that are listed as refused; files of other endings are no scans and are passed over."""
 
 
 def is_scan_name(name: str) -> bool:
     """Whether a file of this name should hold one scan, be that of a format that is read or not."""
     return scan_ending(Path(name)) in FORMAT_OF_ENDING or name.lower().endswith(OTHER_FORMATS)
+
+
+def refusal_of_name(path: Path) -> PhotonError | None:
+    """The refusal of a file, for which :func:`is_scan_name` holds, whose name is of a format that is not read."""
+    if scan_ending(path) in FORMAT_OF_ENDING:
+        return None
+    ending = next(ending for ending in OTHER_FORMATS if path.name.lower().endswith(ending))
+    fact = f"{ending} files are not read."
+    if ending in OTHER_ARCHIVES:
+        remedy = "Unpack it, and give the folder, or pack it again as .tar, .tar.gz or .zip."
+        return PhotonError("FORMAT_UNSUPPORTED", path, fact, remedy)
+    return unsupported(path, fact)
 
 
 def is_dicom_file(name: str, content: Path | bytes) -> bool:

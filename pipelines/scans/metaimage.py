@@ -7,6 +7,7 @@ zeros.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,13 +15,17 @@ import numpy as np
 
 from photon.errors import PhotonError
 from pipelines.scans.checks import (
+    MAX_SPACING_MISMATCH,
     MAX_VOXELS,
     bad_affine,
     check_grid,
     check_matrix,
     check_scaling,
     check_spacing,
+    column_length,
+    orientation_of,
     scaled,
+    shown,
     unreadable,
     unsupported,
 )
@@ -30,6 +35,10 @@ from pipelines.scans.streams import GZIP_MAGIC, ScanStream
 
 MAX_HEADER_LINES = 1000
 MAX_LINE = 4096
+MIN_LETTER_COSINE = 0.3
+"""An axis less than this along the direction that a letter names is not meant by it. Naming each axis by the nearest
+direction that is free gives at least 1/3, however oblique the axes are."""
+
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 _DTYPES = {
@@ -159,9 +168,7 @@ class _Header:
         unit = self.text("DistanceUnits", "mm").lower()
         if unit not in ("mm", "?"):  # other readers take any for mm
             raise bad_affine(self._path, f"its unit of length is {unit}; mm is read.")
-        if "ElementSpacing" not in self._fields and "ElementSize" not in self._fields:
-            self.notes.append("the header records no voxel spacing: 1 mm is assumed")
-        spacing = self.numbers("ElementSpacing", 3, self._fields.get("ElementSize", "1 1 1"))
+        spacing = self._spacing()
         check_spacing(spacing, self._path)
         if "TransformMatrix" not in self._fields:
             self.notes.append("the header records no orientation: axes towards left, back and head (LPS) are assumed")
@@ -169,12 +176,50 @@ class _Header:
         affine = np.eye(4)
         affine[:3, :3] = directions.T * spacing
         affine[:3, 3] = self.numbers("Offset", 3, "0 0 0")
-        check_matrix(affine, self._path)
+        check_matrix(affine, self._path, self.notes)
         lengths = np.linalg.norm(directions, axis=1)
         if np.abs(lengths - 1).max() > 1e-3:
             fact = f"its axes have lengths {tuple(lengths.round(4).tolist())} instead of 1."
             raise PhotonError("AFFINE_INVALID", self._path, fact, "Export the scan again from its source.")
-        return LPS_TO_RAS @ affine
+        affine = LPS_TO_RAS @ affine
+        self._compare_orientation(affine)
+        return affine
+
+    def _spacing(self) -> list[float]:
+        """Distance of voxels along (i, j, k); ElementSize, how large one is, stands in for it as in ITK."""
+        if "ElementSize" not in self._fields:
+            if "ElementSpacing" not in self._fields:
+                self.notes.append("the header records no voxel spacing: 1 mm is assumed")
+            return self.numbers("ElementSpacing", 3, "1 1 1")
+        size = self.numbers("ElementSize", 3)
+        if "ElementSpacing" not in self._fields:
+            self.notes.append("the header records no ElementSpacing: ElementSize is taken for it")
+            return size
+        spacing = self.numbers("ElementSpacing", 3)
+        # Written so that what is not finite differs.
+        if not all(abs(a - b) <= MAX_SPACING_MISMATCH * b for a, b in zip(size, spacing, strict=True)):
+            self.notes.append(f"ElementSize {shown(size)} differs from ElementSpacing {shown(spacing)}, which counts")
+        return spacing
+
+    def _compare_orientation(self, affine: np.ndarray) -> None:
+        """Note letters that contradict the directions of the axes (matrix [4, 4] to RAS), which count.
+
+        ITK names where an axis comes from (RAI without a turn), the format itself where it goes to (LPS): letters
+        that are right either way contradict nothing.
+        """
+        letters = self.text("AnatomicalOrientation", "").upper()
+        if not letters or "?" in letters:
+            return
+        if not re.fullmatch("[RLAPSI]{3}", letters):
+            self.notes.append("AnatomicalOrientation is no orientation: the directions of the axes count")
+            return
+        cosines = []
+        for axis, letter in enumerate(letters):
+            row, sign = ("RAS".index(letter), 1) if letter in "RAS" else ("LPI".index(letter), -1)
+            cosines.append(sign * float(affine[row, axis]) / column_length(affine, axis))
+        if not (min(cosines) >= MIN_LETTER_COSINE or max(cosines) <= -MIN_LETTER_COSINE):
+            fact = f"AnatomicalOrientation {letters} contradicts axes towards {orientation_of(affine)}"
+            self.notes.append(f"{fact}: the directions of the axes count")
 
     def scaling(self) -> tuple[float, float]:
         """Slope and intercept, which other readers leave out: a file that has them is told so."""

@@ -44,7 +44,7 @@ def read_nifti(
         _choose_decoder(stream, notes)
         try:
             header = _read_header(stream)
-            shape, dtype = declared_grid(header, path, max_voxels)
+            shape, dtype = declared_grid(header, path, notes, max_voxels)
             affine = checked_affine(header, *_matrices(header, path), path, notes, trust)
             slope, intercept = checked_scaling(header, path, notes)
             stream.skip(voxel_offset(header, path) - int(header["sizeof_hdr"]) - 4)

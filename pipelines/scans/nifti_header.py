@@ -3,6 +3,8 @@ by code."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 
 from photon.errors import PhotonError
 from pipelines.scans.checks import (
+    EXPORT_AGAIN,
     MAX_SPACING_MISMATCH,
     MAX_VOXELS,
     Trust,
@@ -18,6 +21,7 @@ from pipelines.scans.checks import (
     check_scaling,
     check_spacing,
     column_length,
+    is_spacing,
     shown,
     unreadable,
     unsupported,
@@ -40,11 +44,16 @@ _DTYPES = {
 }
 _RGB_CODES = (128, 2304)
 _OTHER_CODES = (1, 32, 1536, 1792, 2048)
-_UNIT_MM = {1: 1000.0, 3: 0.001}
+_UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
+"""Units of length by their code; 0 is unknown, which all programs take for millimetres."""
 
 
-def declared_grid(header: Any, path: Path, max_voxels: int = MAX_VOXELS) -> tuple[tuple[int, ...], np.dtype]:
+def declared_grid(
+    header: Any, path: Path, notes: list[str], max_voxels: int = MAX_VOXELS
+) -> tuple[tuple[int, ...], np.dtype]:
     """Array shape (i, j, k) and stored dtype, checked before any voxel is read.
+
+    The size of the file proves the type, so that a ``bitpix`` that says something else is only noted.
 
     Raises:
         PhotonError: ``SCAN_UNREADABLE``, ``SCAN_NOT_3D``, ``SCAN_TOO_LARGE``, ``SCAN_RGB`` or
@@ -62,7 +71,11 @@ def declared_grid(header: Any, path: Path, max_voxels: int = MAX_VOXELS) -> tupl
         raise unsupported(path, f"its voxels are of NIfTI datatype {code}, which is neither integer nor real.")
     if code not in _DTYPES:
         raise unreadable(path, f"the datatype in its header is {code}.")
-    return shape[:3], np.dtype(header.endianness + _DTYPES[code])
+    dtype = np.dtype(header.endianness + _DTYPES[code])
+    num_bits = int(header["bitpix"])
+    if num_bits != dtype.itemsize * 8:
+        notes.append(f"bitpix {num_bits} contradicts datatype {code} of {dtype.itemsize * 8} bits: datatype counts")
+    return shape[:3], dtype
 
 
 def voxel_offset(header: Any, path: Path) -> int:
@@ -74,6 +87,9 @@ def voxel_offset(header: Any, path: Path) -> int:
     offset, first = float(header["vox_offset"]), int(header["sizeof_hdr"]) + 4
     if not first <= offset <= MAX_VOX_OFFSET:
         raise unreadable(path, f"its voxels start at byte {offset:g}, outside {first}..{MAX_VOX_OFFSET}.")
+    if not offset.is_integer():
+        # Rounding it would be a guess at a header that is damaged, and bytes of wrong voxels look like voxels.
+        raise unreadable(path, f"its voxels start at byte {offset:.9g}, which is not whole.")
     return int(offset)
 
 
@@ -83,7 +99,7 @@ def checked_affine(
     """Hold the matrix of a header, its voxel spacing and its second matrix against each other.
 
     Args:
-        best: [4, 4], the matrix to use, in the header's unit of length.
+        best: [4, 4], the matrix to use, in the header's unit of length (:func:`_unit_mm`).
         qform: [4, 4], the other one where the header has both, else None.
         trust: what counts where matrix and spacing differ by more than 1 %: ``sform`` the matrix alone, ``pixdim``
             the spacing, along the matrix's directions and from its origin. None refuses such files.
@@ -94,15 +110,15 @@ def checked_affine(
     Raises:
         PhotonError: ``SPACING_INVALID``, ``SPACING_CONFLICT`` or ``AFFINE_INVALID``.
     """
-    unit_mm = _UNIT_MM.get(int(header["xyzt_units"]) & 7, 1.0)
-    if unit_mm != 1.0:
-        notes.append(f"its unit of length is {unit_mm:g} mm")
-    pixdim = [float(value) * unit_mm for value in header["pixdim"][1:4]]
+    pixdim = [float(value) for value in header["pixdim"][1:4]]
+    deciding = [math.hypot(*best[:3, axis]) for axis in range(3)] if trust == "sform" else pixdim
+    unit_mm = _unit_mm(int(header["xyzt_units"]) & 7, deciding, path, notes)
+    pixdim = [value * unit_mm for value in pixdim]
     affine = np.array(best, np.float64)
     affine[:3] *= unit_mm
     if trust != "sform":
         check_spacing(pixdim, path)
-    check_matrix(affine, path, with_lengths=trust != "pixdim")
+    check_matrix(affine, path, notes, with_lengths=trust != "pixdim")
     lengths = [column_length(affine, axis) for axis in range(3)]
     # Written so that what is not finite differs.
     if not all(abs(a - b) <= MAX_SPACING_MISMATCH * a for a, b in zip(lengths, pixdim, strict=True)):
@@ -122,6 +138,31 @@ def checked_affine(
         if not distance_mm <= MAX_QFORM_DISTANCE_MM:  # also when it is NaN
             notes.append(f"qform and sform differ by up to {distance_mm:.1f} mm: sform is used")
     return affine
+
+
+def _unit_mm(code: int, spacing: Sequence[float], path: Path, notes: list[str]) -> float:
+    """The header's unit of length in mm: the declared one, unless the spacing can only be in millimetres.
+
+    Many programs never set the unit or leave it wrong. No spacing is possible in two units, as the possible range is
+    narrower than the step from one unit to the next.
+
+    Raises:
+        PhotonError: ``SPACING_INVALID`` where metres or micrometres are declared and the spacing is possible neither
+            so nor in millimetres.
+    """
+    if code not in _UNIT_MM:
+        notes.append(f"its unit of length has the code {code}, which NIfTI does not know: millimetres are assumed")
+    unit_mm = _UNIT_MM.get(code, 1.0)
+    if unit_mm == 1.0:
+        return 1.0
+    if is_spacing([value * unit_mm for value in spacing]):
+        notes.append(f"its unit of length is {unit_mm:g} mm")
+        return unit_mm
+    if is_spacing(spacing):
+        notes.append(f"its unit of length is {unit_mm:g} mm, in which no scan has its voxel spacing: taken as mm")
+        return 1.0
+    fact = f"its voxel spacing {shown(spacing)} is possible neither in mm nor in its unit of {unit_mm:g} mm."
+    raise PhotonError("SPACING_INVALID", path, fact, EXPORT_AGAIN)
 
 
 def checked_scaling(header: Any, path: Path, notes: list[str]) -> tuple[float, float]:

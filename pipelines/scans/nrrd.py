@@ -14,12 +14,12 @@ import numpy as np
 
 from photon.errors import PhotonError
 from pipelines.scans.checks import (
+    EXPORT_AGAIN,
     MAX_SPACING_MISMATCH,
     MAX_VOXELS,
     bad_affine,
     check_grid,
     check_matrix,
-    check_spacing,
     scaled,
     shown,
     unreadable,
@@ -159,12 +159,12 @@ def _affine(fields: Mapping[str, Any], path: Path, notes: list[str]) -> np.ndarr
         if np.shape(directions) != (3, 3):
             raise bad_affine(path, f"its space directions are a table of {np.shape(directions)}.")
         affine[:3, :3] = np.array(directions, np.float64).T
-        _check_spacings(spacings, np.linalg.norm(affine[:3, :3], axis=0), path)
-    elif spacings is not None and len(spacings) == 3:
-        check_spacing([abs(float(value)) for value in spacings], path)
-        affine[:3, :3] = np.diag(np.array(spacings, np.float64))
+        if spacings is not None:
+            _check_spacings(spacings, affine, path)
     else:
-        notes.append("the header records no voxel spacing: 1 mm is assumed")
+        affine[:3, :3] = np.diag(_spacings(spacings, path, notes))
+        # Even where the space is known, nothing says how the voxels lie in it.
+        notes.append("the header records no directions: axes along those of the space are assumed")
     origin = fields.get("space origin")
     if origin is None:
         starts = np.asarray(fields.get("axis mins", 0.0), np.float64)
@@ -177,13 +177,29 @@ def _affine(fields: Mapping[str, Any], path: Path, notes: list[str]) -> np.ndarr
         affine[:3, 3] = origin
     affine[:3] *= _unit_mm(fields, path, notes)
     affine = np.diag([*signs, 1.0]) @ affine
-    check_matrix(affine, path)
+    check_matrix(affine, path, notes)
     return affine
 
 
-def _check_spacings(spacings: Any, lengths: np.ndarray, path: Path) -> None:
-    """Where a header has spacings beside directions, which NRRD forbids, they must be the same."""
-    given = np.asarray(lengths if spacings is None else spacings, np.float64)
+def _spacings(spacings: Any, path: Path, notes: list[str]) -> list[float]:
+    """Three voxel spacings, signed, of a header without directions."""
+    if spacings is None:
+        notes.append("the header records no voxel spacing: 1 mm is assumed")
+        return [1.0, 1.0, 1.0]
+    values = np.asarray(spacings, np.float64).ravel().tolist()
+    if len(values) != 3:
+        raise unreadable(path, f"it has {len(values)} spacings for three axes.")
+    if not all(0 < abs(value) < math.inf for value in values):  # whether they can be in mm is seen with the unit
+        raise PhotonError("SPACING_INVALID", path, f"its voxel spacing is {shown(values)}.", EXPORT_AGAIN)
+    if min(values) < 0:
+        notes.append(f"its voxel spacing is {shown(values)}: negative ones turn their axes")
+    return values
+
+
+def _check_spacings(spacings: Any, affine: np.ndarray, path: Path) -> None:
+    """Where a header has spacings beside directions, which NRRD forbids, they must be the same; NaN is unknown."""
+    lengths = np.array([math.hypot(*affine[:3, axis]) for axis in range(3)])
+    given = np.asarray(spacings, np.float64)
     if given.shape != lengths.shape or (np.abs(given - lengths) > MAX_SPACING_MISMATCH * lengths).any():
         raise bad_affine(
             path, f"its directions say {shown(lengths.tolist())} a voxel, its spacings {shown(given.ravel().tolist())}."
@@ -191,10 +207,16 @@ def _check_spacings(spacings: Any, lengths: np.ndarray, path: Path) -> None:
 
 
 def _unit_mm(fields: Mapping[str, Any], path: Path, notes: list[str]) -> float:
-    units = {str(unit).strip('"').lower() for unit in fields.get("space units", ())} - {"", "???"}
+    """The one unit of length, in mm: that of directions and origin (``space units``) and of spacings (``units``)."""
+    of_space, of_axes = (
+        {str(unit).strip('"').lower() for unit in fields.get(key, ())} - {"", "???"} for key in ("space units", "units")
+    )
+    if not of_space and "space directions" in fields:
+        of_space = {"mm"}  # the unit of an axis says nothing of its direction
+    units = of_space | of_axes
     if not units:
         return 1.0
-    if len(units) > 1 or not units <= set(_UNIT_MM):
+    if not units <= set(_UNIT_MM) or len({_UNIT_MM[unit] for unit in units}) > 1:
         raise bad_affine(path, f"its units of length are {sorted(units)}.")
     unit_mm = _UNIT_MM[units.pop()]
     if unit_mm != 1.0:

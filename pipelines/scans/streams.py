@@ -30,10 +30,17 @@ empty label maps 1000, but those are small."""
 
 MAX_DRAIN = 1 << 28
 GZIP_MAGIC = b"\x1f\x8b"
+GZIP_RESERVED_FLAGS = 0xE0
+"""Bits of a gzip header's fourth byte that RFC 1952 wants to be zero; the decoder does not look at them."""
 
 _BLOCK = 1 << 22
 _READ_AHEAD = 1 << 19
+_MEMBER_BLOCK = 1 << 12
 _GET_AGAIN = "Copy the file again from its source."
+
+
+class _GoesOn(Exception):
+    """A compressed stream is whole, and bytes of something else follow."""
 
 
 class _HashedFile(io.RawIOBase):
@@ -76,7 +83,7 @@ class _ZlibReader:
                 buffer[: len(output)] = output
                 return len(output)
         if self._inflate.unused_data or self._source.peek(1):
-            raise zlib.error("it goes on behind its end")
+            raise _GoesOn
         return 0
 
 
@@ -87,8 +94,8 @@ class ScanStream:
         digest: a running checksum to go on with, for a scan of two files.
 
     Raises:
-        PhotonError: from every method, ``SCAN_MISSING``, ``SCAN_UNREADABLE``, ``GZIP_CORRUPT`` or
-            ``SCAN_TRUNCATED``.
+        PhotonError: from every method, ``SCAN_MISSING``, ``SCAN_UNREADABLE``, ``GZIP_CORRUPT``,
+            ``SCAN_TRUNCATED`` or ``SCAN_TRAILING_DATA``.
     """
 
     def __init__(self, path: Path, digest: Any = None) -> None:
@@ -104,6 +111,7 @@ class ScanStream:
             fact = f"the file cannot be opened ({error.strerror})."
             raise PhotonError("SCAN_UNREADABLE", path, fact, "Check its permissions.") from error
         self._decoder: Any = self._file
+        self._start = 0
 
     def __enter__(self) -> Self:
         return self
@@ -114,14 +122,22 @@ class ScanStream:
     def peek(self, num_bytes: int) -> bytes:
         """The next bytes of the file as stored, which are not taken."""
         try:
-            return self._file.peek(num_bytes)[:num_bytes]
+            start = self._file.peek(num_bytes)[:num_bytes]
+            if len(start) < num_bytes:  # the buffer ends here, the file perhaps not
+                with self.path.open("rb") as file:
+                    file.seek(self._file.tell())
+                    start = file.read(num_bytes)
+            return start
         except OSError as error:
             raise self._unreadable(error) from error
 
     def decode(self, encoding: Encoding) -> None:
         """From here on the file is compressed in this way."""
-        self.encoding = encoding
+        self.encoding, self._start = encoding, self._file.tell()
         if encoding == "gzip":
+            start = self.peek(4)
+            if start.startswith(GZIP_MAGIC) and len(start) == 4 and start[3] & GZIP_RESERVED_FLAGS:
+                raise self._corrupt("reserved flags are set in its header")
             # isal's own file object copies every block once more.
             self._decoder = isal_zlib._GzipReader(self._file, _READ_AHEAD)
         elif encoding == "zlib":
@@ -211,13 +227,56 @@ class ScanStream:
     def _read_into(self, buffer: memoryview) -> int:
         try:
             return int(self._decoder.readinto(buffer))
+        except _GoesOn as error:
+            raise self._goes_on() from error
         except EOFError as error:
+            if self._is_followed_by_other_bytes():
+                raise self._goes_on() from error
             raise self._truncated("the compressed stream ends in the middle.") from error
         except (gzip.BadGzipFile, zlib.error, isal_zlib.IsalError) as error:  # type: ignore[misc]
-            fact = f"the compressed stream is damaged ({error})."
-            raise PhotonError("GZIP_CORRUPT", self.path, fact, _GET_AGAIN) from error
+            if self._is_followed_by_other_bytes():
+                raise self._goes_on() from error
+            raise self._corrupt(str(error)) from error
         except OSError as error:
             raise self._unreadable(error) from error
+
+    def _is_followed_by_other_bytes(self) -> bool:
+        """Whether a gzip stream that cannot be read on is whole, and what follows is neither zeros, with which tapes
+        and blocks are filled up, nor another member.
+
+        The decoder does not tell damage from such bytes. Only what it failed on is read again, as far as it came.
+        """
+        if self.encoding != "gzip":
+            return False
+        num_whole, member, content = 0, None, b""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._start)
+                while content := content or file.read(_MEMBER_BLOCK):
+                    if member is None:
+                        content = content.lstrip(b"\0")
+                        if len(content) < len(GZIP_MAGIC):
+                            content += file.read(_MEMBER_BLOCK)
+                        if not content:
+                            continue
+                        if not GZIP_MAGIC.startswith(content[: len(GZIP_MAGIC)]):
+                            return num_whole > 0
+                        member = zlib.decompressobj(wbits=31)
+                    member.decompress(content)  # at most `MAX_RATIO` times a block
+                    content = member.unused_data
+                    if member.eof:
+                        num_whole, member = num_whole + 1, None
+        except (OSError, zlib.error):
+            pass
+        return False
+
+    def _corrupt(self, reason: str) -> PhotonError:
+        fact = f"the compressed stream is damaged ({reason})."
+        return PhotonError("GZIP_CORRUPT", self.path, fact, _GET_AGAIN)
+
+    def _goes_on(self) -> PhotonError:
+        fact = "the file goes on behind the end of its compressed stream."
+        return PhotonError("SCAN_TRAILING_DATA", self.path, fact, _GET_AGAIN)
 
     def _truncated(self, fact: str) -> PhotonError:
         return PhotonError("SCAN_TRUNCATED", self.path, fact, _GET_AGAIN)

@@ -190,6 +190,19 @@ def test_equal_names_get_different_ids(tmp_path: Path) -> None:
     assert preprocess(tmp_path, tmp_path / "out", SPEC).num_ok == 5
 
 
+def test_a_scan_file_alone(tmp_path: Path) -> None:
+    put_scan(tmp_path / "a.nii.gz")
+    put_scan(tmp_path / "b.nii.gz", seed=1)
+    record = preprocess(tmp_path / "a.nii.gz", tmp_path / "out", SPEC)
+    assert record.num_ok == 1 and [path.stem for path in (tmp_path / "out").glob("*.safetensors")] == ["a"]
+    both = preprocess(tmp_path, tmp_path / "both", SPEC)
+    assert both.num_ok == 2
+    assert (
+        read_volume(tmp_path / "both" / "a.safetensors", SPEC).metadata
+        == read_volume(tmp_path / "out" / "a.safetensors", SPEC).metadata
+    )
+
+
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(PhotonError, match="INPUT_MISSING"):
         preprocess(tmp_path / "none", tmp_path / "out", SPEC)

@@ -118,6 +118,13 @@ def test_wrong_slice_spacing_in_the_header_is_noted(tmp_path: Path, dicom: Any) 
     assert scan.spacing_mm[2] == 2.5 and "declares slices 5 mm apart" in scan.notes[0]
 
 
+def test_a_place_beyond_any_scanner_is_noted_or_refused(tmp_path: Path, dicom: Any) -> None:
+    dicom.write_series(tmp_path / "far", dicom.random_stored(), position=(0.0, 20_000.0, 0.0))
+    assert "its first voxel lies 20 m from the origin: taken as it is" in only_scan(tmp_path / "far").notes
+    dicom.write_series(tmp_path / "nowhere", dicom.random_stored(), position=(0.0, 2e6, 0.0))
+    assert refusal(tmp_path / "nowhere").code == "AFFINE_INVALID"
+
+
 def test_one_slice_is_no_scan(tmp_path: Path, dicom: Any) -> None:
     dicom.write_series(tmp_path, dicom.random_stored(shape=(1, 4, 5)))
     assert refusal(tmp_path).code == "SCAN_NOT_3D"

@@ -116,13 +116,36 @@ def test_d1_every_flipped_bit_is_refused(tmp_path: Path, name: str) -> None:
         broken = bytearray(data)
         broken[position] ^= 1 << random.randint(8)
         path = put(tmp_path, name, bytes(broken))
-        if data.startswith(b"\x1f\x8b") and 3 <= position < 10:
+        if data.startswith(b"\x1f\x8b") and 3 <= position < 10 and not broken[3] & 0xE0:
             try:
                 assert np.array_equal(read_scan(path).array, ARRAY)
             except PhotonError as error:
                 assert error.code in DAMAGE
         else:
             assert refusal(path).code in (*DAMAGE, "SCAN_UNREADABLE")
+
+
+@pytest.mark.parametrize("name", [name for name in COMPRESSED if FILES[name][1].startswith(b"\x1f\x8b")])
+def test_d1_flags_that_gzip_reserves_are_refused(tmp_path: Path, name: str) -> None:
+    for bit in range(5, 8):
+        broken = bytearray(FILES[name][1])
+        broken[3] |= 1 << bit
+        error = refusal(put(tmp_path, name, bytes(broken)))
+        assert error.code == "GZIP_CORRUPT" and "reserved" in error.fact
+
+
+def test_d7_compressed_voxels_may_begin_anywhere(tmp_path: Path) -> None:
+    """Also where the buffer of the file ends between the two bytes by which gzip is known."""
+    text = META.format("True", "LOCAL")
+    for missing in (0, 1, 2, 3):
+        fill = (1 << 16) - len(text) - missing
+        lines = [f"k{n:02d} = ".ljust(1023, "x") + "\n" for n in range(fill // 1024)]
+        last = "last = ".ljust(fill - 1024 * len(lines) - 1, "x") + "\n"
+        header = "".join(lines) + last
+        (tmp_path / "a.mha").write_bytes(
+            text.replace("CompressedData", header + "CompressedData").encode() + packed(VOXELS)
+        )
+        assert np.array_equal(read_scan(tmp_path / "a.mha").array, ARRAY)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -145,6 +168,28 @@ def test_d2_truncated_headers_are_refused(tmp_path: Path, name: str) -> None:
 def test_d3_bytes_behind_the_end_are_refused(tmp_path: Path, name: str) -> None:
     for more in (b"x", bytes(range(1, 40)), FILES[name][1]):
         assert refusal(put(tmp_path, name, FILES[name][1] + more)).code in ("SCAN_TRAILING_DATA", *DAMAGE)
+
+
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_d3_other_bytes_behind_a_compressed_stream(tmp_path: Path, name: str) -> None:
+    data = FILES[name][1]
+    for more in (b"x", b"junk", b"x" * 9, b"x" * 10, b"y" * 10_000):
+        error = refusal(put(tmp_path, name, data + more))
+        assert error.code == "SCAN_TRAILING_DATA" and "goes on behind" in error.fact
+        damaged = bytearray(data)
+        damaged[-1] ^= 1  # the length (gzip) or the checksum (zlib)
+        assert refusal(put(tmp_path, name, bytes(damaged) + more)).code == "GZIP_CORRUPT"
+
+
+@pytest.mark.parametrize("name", [name for name in COMPRESSED if FILES[name][1].startswith(b"\x1f\x8b")])
+def test_d3_zeros_may_fill_up_a_gzip_file(tmp_path: Path, name: str) -> None:
+    data = FILES[name][1]
+    for more in (b"\0", bytes(512), bytes(4095), bytes(100_000), bytes(20) + packed(b"") + bytes(20)):
+        assert np.array_equal(read_scan(put(tmp_path, name, data + more)).array, ARRAY)
+    for more in (bytes(20) + b"x", bytes(4096 * 3) + b"xy", packed(b"") + bytes(7) + b"xyz"):
+        assert refusal(put(tmp_path, name, data + more)).code == "SCAN_TRAILING_DATA"
+    for more in (packed(b"")[:1], packed(b"")[:2], packed(b"")[:-1], bytes(20) + packed(b"")[:12]):
+        assert refusal(put(tmp_path, name, data + more)).code == "SCAN_TRUNCATED"
 
 
 def test_d3_headers_that_declare_more_or_less_than_there_is(tmp_path: Path) -> None:

@@ -78,6 +78,45 @@ def test_the_checksum_of_a_source_is_that_of_its_scan(tmp_path: Path) -> None:
     assert gzip.decompress((tmp_path / "a.nii.gz").read_bytes()) == content
 
 
+@pytest.mark.parametrize("name", ["a.nii.gz", "B.NII", "c.mhd"])
+def test_a_scan_file_is_a_folder_of_one(tmp_path: Path, name: str) -> None:
+    put_scan(tmp_path / "other.nii")
+    path = tmp_path / name
+    if name.endswith(".mhd"):
+        put_metaimage(path)
+    else:
+        put_scan(path)
+    (source,) = find_scans(path)
+    assert (source.scan_id, source.relative) == (name.split(".")[0], name)
+    assert source_sha256(source) == read_source(source).sha256
+
+
+def test_a_file_that_is_no_scan_in_place_of_a_folder(tmp_path: Path) -> None:
+    for name, content, word in (
+        ("a.txt", b"text", "a file"),
+        (".a.nii", b"text", "a file"),
+        ("IM0001", bytes(128) + b"DICM", "one DICOM file"),
+        ("a.dcm", b"", "one DICOM file"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(PhotonError, match="INPUT_MISSING") as caught:
+            find_scans(tmp_path / name)
+        assert word in caught.value.fact and "folder" in caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["a.tar.bz2", "a.TXZ", "a.tar.zst", "a.7z", "a.rar"])
+def test_archives_that_are_not_read_say_which_are(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    for place in (tmp_path, tmp_path / name):
+        (source,) = find_scans(place)
+        assert source.refusal is not None and source.refusal.code == "FORMAT_UNSUPPORTED"
+        assert f"{name.lower()[1:]} files" in source.refusal.fact
+        assert ".tar, .tar.gz or .zip" in source.refusal.remedy
+    (tmp_path / "b.nii.bz2").write_bytes(b"x")
+    (source,) = find_scans(tmp_path / "b.nii.bz2")
+    assert source.refusal is not None and "Convert it to .nii.gz" in source.refusal.remedy
+
+
 def test_folders_that_cannot_be_searched(tmp_path: Path) -> None:
     for path, code in ((tmp_path / "none", "INPUT_MISSING"), (tmp_path, "ARCHIVE_EMPTY")):
         with pytest.raises(PhotonError, match=code):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import zlib
+from itertools import permutations, product
 from pathlib import Path
 
 import numpy as np
@@ -108,8 +109,49 @@ def test_directions_offsets_and_what_is_ignored(tmp_path: Path) -> None:
     assert_same(path)
     scan = read_scan(path)
     assert scan.orientation == "PIR" and scan.spacing_mm == (0.7, 0.8, 2.5)
+    assert scan.notes == ("AnatomicalOrientation RAI contradicts axes towards PIR: the directions of the axes count",)
     assert_same(meta(tmp_path / "b.mha", without=("TransformMatrix", "Offset"), Rotation=turn, Position="1 2 3"))
-    assert_same(meta(tmp_path / "c.mha", without=("ElementSpacing",), ElementSize="2 3 4"))
+
+
+def test_sizes_of_metaimage_beside_spacings(tmp_path: Path) -> None:
+    path = meta(tmp_path / "a.mha", without=("ElementSpacing",), ElementSize="2 3 4")
+    assert_same(path)
+    assert read_scan(path).notes == ("the header records no ElementSpacing: ElementSize is taken for it",)
+    for size, num_notes in (("0.7 0.8 2.5", 0), ("0.7 0.8 2.52", 0), ("0.7 0.8 2.6", 1), ("0.7 nan 2.5", 1)):
+        path = meta(tmp_path / "a.mha", ElementSize=size)
+        scan = read_scan(path)
+        assert scan.spacing_mm == (0.7, 0.8, 2.5) and len(scan.notes) == num_notes
+        assert all("ElementSpacing (0.7, 0.8, 2.5), which counts" in note for note in scan.notes)
+    assert_same(meta(tmp_path / "a.mha", ElementSize="0.7 0.8 5"))
+
+
+def test_letters_of_metaimage_against_its_matrix(tmp_path: Path) -> None:
+    def notes(letters: str, turn: str = "1 0 0 0 1 0 0 0 1", without: tuple[str, ...] = ()) -> tuple[str, ...]:
+        path = meta(tmp_path / "a.mha", without=without, TransformMatrix=turn, AnatomicalOrientation=letters)
+        return read_scan(path).notes
+
+    for letters in ("RAI", "rai", "LPS", "???", "R?I", ""):
+        assert notes(letters) == ()
+    for letters in ("RAS", "LAI", "ARI", "LPI", "IAR"):
+        assert notes(letters) == (
+            f"AnatomicalOrientation {letters} contradicts axes towards LPS: the directions of the axes count",
+        )
+    assert notes("LPI", "-1 0 0 0 -1 0 0 0 1") == () != notes("RAI", "-1 0 0 0 -1 0 0 0 1")
+    for letters in ("RRI", "RA", "RAIS", "INVENTED^PATIENT"):
+        (note,) = notes(letters)
+        assert "contradicts" in note or "no orientation" in note and letters not in note
+    assert len(notes("LPI", without=("TransformMatrix",))) == 2  # assumed directions count, too
+
+
+def test_letters_that_itk_writes_contradict_no_matrix(tmp_path: Path) -> None:
+    random = np.random.RandomState(0)
+    image = sitk.GetImageFromArray(random.randint(-900, 900, (4, 5, 6)).astype(np.int16))
+    turns = [np.eye(3)[list(order)] * signs for order in permutations(range(3)) for signs in product((-1, 1), repeat=3)]
+    oblique = np.array([[2, -1, 2], [2, 2, -1], [-1, 2, 2]]) / 3  # as far between the axes as can be
+    for turn in (*turns, *(np.linalg.qr(random.randn(3, 3))[0] for _ in range(100)), oblique, oblique.T):
+        image.SetDirection(turn.ravel().tolist())
+        sitk.WriteImage(image, str(tmp_path / "a.mha"))
+        assert read_scan(tmp_path / "a.mha").notes == ()
 
 
 def test_spaces_of_nrrd(tmp_path: Path) -> None:
@@ -124,6 +166,26 @@ def test_spaces_of_nrrd(tmp_path: Path) -> None:
         units = " ".join([f'"{unit}"'] * 3)
         path = nrrd(tmp_path / "c.nrrd", changes={"space directions": directions, "space units": units})
         assert read_scan(path).spacing_mm == (0.7, 0.8, 2.5)
+
+
+def test_spacings_of_nrrd_without_directions(tmp_path: Path) -> None:
+    assumed = "the header records no directions: axes along those of the space are assumed"
+    changes = {"space directions": None, "spacings": "0.7 0.8 2.5"}
+    scan = read_scan(nrrd(tmp_path / "a.nrrd", changes=changes))
+    assert scan.spacing_mm == (0.7, 0.8, 2.5) and scan.orientation == "LPS" and scan.notes == (assumed,)
+    scan = read_scan(nrrd(tmp_path / "a.nrrd", changes=changes | {"spacings": "0.7 -0.8 2.5"}))
+    assert scan.orientation == "LAS" and len(scan.notes) == 2 and "turn" in scan.notes[0]
+    for unit, spacings in (("cm", ".07 .08 .25"), ("um", "700 800 2500")):
+        units = " ".join([f'"{unit}"'] * 3)
+        path = nrrd(tmp_path / "b.nrrd", changes=changes | {"spacings": spacings, "units": units})
+        scan = read_scan(path)
+        assert scan.spacing_mm == (0.7, 0.8, 2.5) and "unit of length" in scan.notes[1]
+    scan = read_scan(nrrd(tmp_path / "a.nrrd", changes={"space directions": None}))
+    assert scan.spacing_mm == (1, 1, 1) and len(scan.notes) == 2 and assumed in scan.notes
+    for unit in ("mm", "millimeter", ""):
+        assert read_scan(nrrd(tmp_path / "a.nrrd", changes={"units": f'"{unit}" "{unit}" "{unit}"'})).notes == ()
+    for same in ("0.7 0.8 2.5", "nan nan nan"):
+        assert read_scan(nrrd(tmp_path / "a.nrrd", changes={"spacings": same})).notes == ()
 
 
 def test_detached_and_skipped_data(tmp_path: Path) -> None:
@@ -158,6 +220,17 @@ def test_slope_and_modality_of_metaimage(tmp_path: Path) -> None:
     assert any("slope 2" in note for note in scan.notes)
 
 
+def test_origins_beyond_any_scanner_are_noted(tmp_path: Path) -> None:
+    for path in (
+        meta(tmp_path / "a.mha", Offset="0 20000 0"),
+        nrrd(tmp_path / "a.nrrd", changes={"space origin": "(0,20000,0)"}),
+    ):
+        scan = read_scan(path)
+        assert scan.affine[1, 3] == -20_000 and scan.notes == (
+            "its first voxel lies 20 m from the origin: taken as it is",
+        )
+
+
 META_FAULTS: dict[str, tuple[dict[str, str], str]] = {
     "four axes": ({"NDims": "4", "DimSize": "4 5 6 1", "ElementSpacing": "1 1 1 1"}, "SCAN_NOT_3D"),
     "two axes": ({"NDims": "2", "DimSize": "20 6"}, "SCAN_NOT_3D"),
@@ -185,6 +258,9 @@ META_FAULTS: dict[str, tuple[dict[str, str], str]] = {
     "NaN directions": ({"TransformMatrix": "nan 0 0 0 1 0 0 0 1"}, "AFFINE_INVALID"),
     "other unit": ({"DistanceUnits": "cm"}, "AFFINE_INVALID"),
     "infinite offset": ({"Offset": "inf 0 0"}, "AFFINE_INVALID"),
+    "vast offset": ({"Offset": "1e200 0 0"}, "AFFINE_INVALID"),
+    "offset of a kilometre": ({"Offset": "0 0 -1000001"}, "AFFINE_INVALID"),
+    "vast directions": ({"TransformMatrix": "1e200 0 0 0 1 0 0 0 1"}, "AFFINE_INVALID"),
     "slope zero": ({"ElementToIntensityFunctionSlope": "0"}, "SCALING_INVALID"),
     "slope NaN": ({"ElementToIntensityFunctionSlope": "nan"}, "SCALING_INVALID"),
     "negative skip": ({"HeaderSize": "-7"}, "SCAN_UNREADABLE"),
@@ -227,6 +303,16 @@ NRRD_FAULTS: dict[str, tuple[dict[str, str | None], str]] = {
     "two directions": ({"space directions": "(1,0,0) (0,1,0)"}, "AFFINE_INVALID"),
     "singular": ({"space directions": "(1,0,0) (1,0,0) (0,0,1)"}, "AFFINE_INVALID"),
     "vast spacing": ({"space directions": "(1e30,0,0) (0,1,0) (0,0,1)"}, "SPACING_INVALID"),
+    "endless direction": ({"space directions": "(1e200,0,0) (0,1,0) (0,0,1)"}, "AFFINE_INVALID"),
+    "origin NaN": ({"space origin": "(1,2,nan)"}, "AFFINE_INVALID"),
+    "origin of a kilometre": ({"space origin": "(1,2e6,3)"}, "AFFINE_INVALID"),
+    "spacing of two": ({"space directions": None, "spacings": "1 2"}, "SCAN_UNREADABLE"),
+    "spacing zero": ({"space directions": None, "spacings": "1 0 2"}, "SPACING_INVALID"),
+    "spacing NaN": ({"space directions": None, "spacings": "1 nan 2"}, "SPACING_INVALID"),
+    "spacing in metres": ({"space directions": None, "spacings": "1 1 2", "units": '"m" "m" "m"'}, "SPACING_INVALID"),
+    "two units": ({"space units": '"mm" "mm" "mm"', "units": '"cm" "cm" "cm"'}, "AFFINE_INVALID"),
+    "two spacings without end": ({"spacings": "inf 0.8 2.5"}, "AFFINE_INVALID"),
+    "unit of axes with directions": ({"units": '"cm" "cm" "cm"'}, "AFFINE_INVALID"),
     "two spacings": ({"spacings": "1 2 3"}, "AFFINE_INVALID"),
     "origin of axes": ({"space origin": None, "axis mins": "10 20 30"}, "AFFINE_INVALID"),
     "origin of two": ({"space origin": "(1,2)"}, "AFFINE_INVALID"),
@@ -278,7 +364,7 @@ def test_the_content_decides_the_format(tmp_path: Path) -> None:
 def test_zlib_must_end_where_the_file_ends(tmp_path: Path) -> None:
     packed = zlib.compress(VOXELS.tobytes())
     assert read_scan(meta(tmp_path / "a.mha", packed, CompressedData="True")).notes == ()
-    assert refusal(meta(tmp_path / "a.mha", packed + b"more", CompressedData="True")).code == "GZIP_CORRUPT"
+    assert refusal(meta(tmp_path / "a.mha", packed + b"more", CompressedData="True")).code == "SCAN_TRAILING_DATA"
     assert refusal(meta(tmp_path / "a.mha", packed[:-4], CompressedData="True")).code == "SCAN_TRUNCATED"
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import struct
 from pathlib import Path
+from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 
@@ -30,7 +32,7 @@ def patched(path: Path, offset: int, fmt: str, *values: float) -> Path:
     return path
 
 
-def refusal(path: Path, **options: int) -> PhotonError:
+def refusal(path: Path, **options: Any) -> PhotonError:
     with pytest.raises(PhotonError) as caught:
         read_scan(path, **options)
     assert caught.value.fact and caught.value.remedy
@@ -87,6 +89,10 @@ HEADER_FAULTS = {
     "flat matrix": ((280, "12f", 3, 3, 0, 0, 0, 0, 0, 0, 0, 0, 4, 0), "AFFINE_INVALID"),
     "voxels in the header": ((108, "f", 0.0), "SCAN_UNREADABLE"),
     "voxels far away": ((108, "f", 1e9), "SCAN_UNREADABLE"),
+    "voxels at NaN": ((108, "f", float("nan")), "SCAN_UNREADABLE"),
+    "voxels at infinity": ((108, "f", float("inf")), "SCAN_UNREADABLE"),
+    "voxels at half a byte": ((108, "f", 352.5), "SCAN_UNREADABLE"),
+    "far from anywhere": ((292, "f", 1.1e6), "AFFINE_INVALID"),
     "voxels behind the end": ((108, "f", 1e6), "SCAN_TRUNCATED"),
     "no magic": ((344, "4B", 0, 0, 0, 0), "SCAN_UNREADABLE"),
     "slope NaN": ((112, "f", float("nan")), "SCALING_INVALID"),
@@ -127,6 +133,70 @@ def test_disagreeing_or_missing_orientation_is_noted(tmp_path: Path) -> None:
     assert any("qform and sform differ" in note for note in read_scan(tmp_path / "a.nii").notes)
     patched(tmp_path / "a.nii", 252, "2h", 0, 0)
     assert any("no orientation" in note for note in read_scan(tmp_path / "a.nii").notes)
+
+
+def test_bitpix_against_datatype_is_noted(tmp_path: Path) -> None:
+    array = write_small(tmp_path / "a.nii")
+    for num_bits in (8, 0, -16):
+        scan = read_scan(patched(tmp_path / "a.nii", 72, "h", num_bits))
+        assert np.array_equal(scan.array, array)
+        assert scan.notes == (f"bitpix {num_bits} contradicts datatype 4 of 16 bits: datatype counts",)
+
+
+def in_unit(path: Path, code: int, *lengths: float) -> Path:
+    """Declare a unit of length and give the voxels these edges in it."""
+    write_small(path)
+    patched(path, 80, "3f", *lengths)
+    patched(path, 252, "2h", 0, 1)
+    x, y, z = lengths
+    patched(path, 280, "12f", x, 0, 0, -5 * x, 0, y, 0, 0, 0, 0, z, 0)
+    return patched(path, 123, "B", code)
+
+
+def test_units_of_length(tmp_path: Path) -> None:
+    path = tmp_path / "a.nii"
+    for code, factor in ((0, 1), (2, 1), (1, 1e-3), (3, 1e3)):
+        scan = read_scan(in_unit(path, code, 3 * factor, 3 * factor, 4 * factor))
+        assert np.allclose(scan.affine, [[3, 0, 0, -15], [0, 3, 0, 0], [0, 0, 4, 0], [0, 0, 0, 1]], atol=1e-5)
+        assert len(scan.notes) == (factor != 1) and all("unit of length" in note for note in scan.notes)
+    for code in (1, 3):  # declared, but in use are millimetres
+        for trust in (None, "sform", "pixdim"):
+            scan = read_scan(in_unit(path, code, 3, 3, 4), trust=trust)
+            assert scan.spacing_mm == (3, 3, 4) and len(scan.notes) == 1 and "taken as mm" in scan.notes[0]
+    scan = read_scan(in_unit(path, 5, 3, 3, 4))
+    assert scan.spacing_mm == (3, 3, 4) and "code 5" in scan.notes[0]
+    for code, lengths in ((1, (3, 3, 0.004)), (3, (3, 3, 4000)), (1, (300, 300, 400)), (3, (0.03, 0.03, 0.03))):
+        assert refusal(in_unit(path, code, *lengths)).code == "SPACING_INVALID"
+
+
+def test_a_matrix_in_another_unit_than_the_spacing_is_refused(tmp_path: Path) -> None:
+    path = in_unit(tmp_path / "a.nii", 1, 3, 3, 4)
+    patched(path, 80, "3f", 0.003, 0.003, 0.004)
+    assert refusal(path).code == "SPACING_INVALID"
+    assert read_scan(path, trust="sform").spacing_mm == (3, 3, 4)
+    scan = read_scan(path, trust="pixdim")
+    assert np.allclose(scan.spacing_mm, (3, 3, 4)) and any("unit of length" in note for note in scan.notes)
+
+
+def test_an_origin_beyond_any_scanner_is_noted(tmp_path: Path) -> None:
+    write_small(tmp_path / "a.nii")
+    patched(tmp_path / "a.nii", 252, "2h", 0, 1)
+    for distance_mm, num_notes in ((9_999, 0), (-10_001, 1), (999_999, 1)):
+        scan = read_scan(patched(tmp_path / "a.nii", 292, "f", distance_mm))
+        assert scan.affine[0, 3] == distance_mm and len(scan.notes) == num_notes
+        assert all("from the origin" in note for note in scan.notes)
+
+
+def test_numbers_without_end_are_refused(tmp_path: Path) -> None:
+    """NIfTI-2 has room for numbers whose squares have no end."""
+    array = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    content = bytearray(nibabel.Nifti2Image(array, np.eye(4)).to_bytes())
+    struct.pack_into("<d", content, 400, 1e200)  # the first number of the matrix
+    for code in (2, 1):
+        struct.pack_into("<i", content, 500, code)
+        (tmp_path / "a.nii").write_bytes(content)
+        for trust in (None, "sform", "pixdim"):
+            assert refusal(tmp_path / "a.nii", trust=trust).code in ("AFFINE_INVALID", "SPACING_INVALID")
 
 
 def test_bad_voxels_are_refused(tmp_path: Path) -> None:
