@@ -89,7 +89,7 @@ def check_matrix(affine: np.ndarray, path: Path, notes: list[str], *, with_lengt
         PhotonError: ``AFFINE_INVALID`` or ``SPACING_INVALID``.
     """
     if not (np.abs(affine) < MAX_NUMBER).all():  # also when it is NaN
-        raise bad_affine(path, "its matrix holds NaN, infinity or numbers without end.")
+        raise bad_affine(path, f"its matrix holds NaN, infinity or numbers beyond {MAX_NUMBER:g}.")
     lengths = [column_length(affine, axis) for axis in range(3)]
     if min(lengths) == 0:
         raise bad_affine(path, f"its matrix is singular: its axes are {shown(lengths)} mm long.")
