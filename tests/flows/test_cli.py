@@ -148,6 +148,22 @@ def test_preprocess_tells_what_it_refused(place: Path, photon: Callable[..., tup
     assert pl.read_parquet(place / "out" / "manifest.parquet").height == 3
 
 
+def test_a_contact_sheet_tells_which_volumes_cannot_be_read(
+    place: Path, photon: Callable[..., tuple[int, str, str]]
+) -> None:
+    archive = make_archive(place)
+    (archive / "bad.nii").write_bytes(b"no scan")
+    photon("preprocess", "--input", archive, "--output", place / "out", "--preset", "smoke")
+    arguments = ("contact-sheet", "--volumes", place / "out", "--output", place / "scans.html")
+    code, text, _ = photon(*arguments)
+    assert code == 0 and re.search(r"^unread +0$", text, re.MULTILINE), "a refused scan has been told before"
+    (place / "out" / "s0.safetensors").unlink()
+    code, text, _ = photon(*arguments)
+    assert code == 3 and "[VOLUME_MISSING] s0.safetensors: the file does not exist. Run" in text
+    assert re.search(r"^shown +1$", text, re.MULTILINE) and re.search(r"^unread +1$", text, re.MULTILINE)
+    assert "VOLUME_MISSING" in (place / "scans.html").read_text(encoding="utf-8")
+
+
 def test_versions_of_the_data_are_told_compared_and_restored(
     place: Path, photon: Callable[..., tuple[int, str, str]]
 ) -> None:
