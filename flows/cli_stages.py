@@ -118,14 +118,21 @@ def preprocess(
         Trusted | None, typer.Option(help="What counts where a NIfTI header contradicts itself; default: refuse it.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes, one scan each; default by cores and free memory.")
+        int | None, typer.Option(min=1, help="Scans done at once; default by cores and free memory.")
     ] = None,
     prune: Annotated[
         bool, typer.Option("--prune", help="Delete volumes of scans that are gone or refused now.")
     ] = False,
-    runner: Annotated[str, typer.Option(help="What does the scans: processes here, dask or ray.")] = "processes",
-    scans_per_task: Annotated[int, typer.Option(min=1, help="With dask or ray: scans handed out at once.")] = 128,
-    address: Annotated[str | None, typer.Option(help="A running Dask or Ray cluster that sees the same files.")] = None,
+    runner: Annotated[
+        str, typer.Option(help="What does the scans: processes or threads of this machine, dask or ray.")
+    ] = "processes",
+    scans_per_task: Annotated[
+        int | None, typer.Option(min=1, help="With threads, dask or ray: scans handed out at once; default 128.")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="With dask or ray: a running cluster that sees the same files; default: start one here."),
+    ] = None,
     record: Annotated[
         bool | None,
         typer.Option(
@@ -143,7 +150,7 @@ def preprocess(
     """
     from pipelines.volumes import VOLUME_SPECS
 
-    if runner == "processes":
+    if runner == "processes" and address is None and scans_per_task is None:
         from pipelines.preprocess import preprocess as run_stage
     else:
         from flows.preprocess import run_preprocess

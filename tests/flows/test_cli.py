@@ -148,6 +148,20 @@ def test_preprocess_tells_what_it_refused(place: Path, photon: Callable[..., tup
     assert pl.read_parquet(place / "out" / "manifest.parquet").height == 3
 
 
+def test_runners_of_preprocessing_are_told_and_options_fit_them(
+    place: Path, photon: Callable[..., tuple[int, str, str]]
+) -> None:
+    text = " ".join(photon("preprocess", "--help")[1].replace("│", " ").split())
+    assert "processes or threads of this machine, dask or ray" in text
+    arguments = ("preprocess", "--input", make_archive(place), "--output", place / "out", "--preset", "smoke")
+    for more in (("--address", "tcp://x:1"), ("--runner", "threads", "--address", "tcp://x:1")):
+        code, text, error = photon(*arguments, *more)
+        assert code == 1 and error.startswith("photon: [OPTION_UNUSED] --address: ") and not text
+    code, _, error = photon(*arguments, "--scans-per-task", 4)
+    assert code == 1 and "[OPTION_UNUSED] --scans-per-task" in error
+    assert not (place / "out").exists()
+
+
 def test_a_contact_sheet_tells_which_volumes_cannot_be_read(
     place: Path, photon: Callable[..., tuple[int, str, str]]
 ) -> None:
