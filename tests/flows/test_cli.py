@@ -32,7 +32,7 @@ from pipelines.files import file_digest
 from pipelines.questions import EVERY_SCAN, Question, write_questions
 from pipelines.scans.nifti import write_scan
 from pipelines.train_spec import TrainSpec
-from pipelines.versioning import folder_version, read_version
+from pipelines.versioning import folder_version, read_version, version_folder
 from pipelines.volumes import VOLUME_SPECS
 
 NAMES = [command.__name__ for command in COMMANDS]
@@ -200,6 +200,40 @@ def test_versions_of_the_data_are_told_compared_and_restored(
     assert folder_version(data) == first and not (data / "raw" / "bad.nii").exists()
     code, text, _ = photon("contact-sheet", "--volumes", data / "volumes", "--output", place / "scans.html")
     assert code == 0 and (place / "scans.html").is_file()
+
+
+def test_versions_of_other_data_folders_are_kept_apart(
+    place: Path, photon: Callable[..., tuple[int, str, str]]
+) -> None:
+    first, second = place / "first", place / "second"
+    found = []
+    for number, data in enumerate((first, second)):
+        data.mkdir()
+        (data / "a.txt").write_text(str(number))
+        photon("record", "--data", data, "--no-track")
+        found.append(read_version(data.with_name(f"{data.name}.dvc")))
+    _, text, _ = photon("versions", "--data", first)
+    assert found[0] in text and found[1] not in text and "1 more of other data folders" in text
+    _, text, _ = photon("versions", "--data", first, "--all")
+    assert found[1] in text and "unknown" not in text
+    code, _, error = photon("restore", found[1][:8], "--data", first)
+    assert code == 1 and "[VERSION_FOREIGN]" in error and "of the data folder second" in error
+    assert (first / "a.txt").read_text() == "0"
+    assert photon("diff", found[0][:8], found[1][:8], "--data", first)[0] == 0
+    assert photon("restore", found[1][:8], "--data", first, "--from-other")[0] == 0
+    assert (first / "a.txt").read_text() == "1"
+
+
+def test_versions_of_which_nobody_noted_the_folder_are_told(
+    place: Path, photon: Callable[..., tuple[int, str, str]]
+) -> None:
+    data = place / "data"
+    data.mkdir()
+    for number in range(2):
+        (data / "a.txt").write_text(str(number))
+        version_folder(data)
+    _, text, _ = photon("versions", "--data", data)
+    assert "unknown: nobody noted the folder" in text and text.count(".dir") == 2
 
 
 def test_score_tells_its_rows_and_exits_with_3_when_some_failed(
