@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+import flows.preprocess  # noqa: F401 - Prefect logs to the stream it finds when it is imported first
 from flows import cli
 from flows.cli import COMMANDS
 from flows.progress import show_progress
