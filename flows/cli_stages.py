@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -119,7 +120,7 @@ def preprocess(
         Trusted | None, typer.Option(help="What counts where a NIfTI header contradicts itself; default: refuse it.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes, one scan each; default by cores and free memory.")
+        int | None, typer.Option(min=1, help="Scans done at once; default by cores and free memory.")
     ] = None,
     device: Annotated[
         str, typer.Option(help="Where scans are resampled: cpu, cuda or auto; the volumes are the same.")
@@ -127,9 +128,16 @@ def preprocess(
     prune: Annotated[
         bool, typer.Option("--prune", help="Delete volumes of scans that are gone or refused now.")
     ] = False,
-    runner: Annotated[str, typer.Option(help="What does the scans: processes here, dask or ray.")] = "processes",
-    scans_per_task: Annotated[int, typer.Option(min=1, help="With dask or ray: scans handed out at once.")] = 128,
-    address: Annotated[str | None, typer.Option(help="A running Dask or Ray cluster that sees the same files.")] = None,
+    runner: Annotated[
+        str, typer.Option(help="What does the scans: processes or threads of this machine, dask or ray.")
+    ] = "processes",
+    scans_per_task: Annotated[
+        int | None, typer.Option(min=1, help="With threads, dask or ray: scans handed out at once; default 128.")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="With dask or ray: a running cluster that sees the same files; default: start one here."),
+    ] = None,
     record: Annotated[
         bool | None,
         typer.Option(
@@ -147,7 +155,7 @@ def preprocess(
     """
     from pipelines.volumes import VOLUME_SPECS
 
-    if runner == "processes":
+    if runner == "processes" and address is None and scans_per_task is None:
         from pipelines.preprocess import preprocess as run_stage
     else:
         from flows.preprocess import run_preprocess
@@ -168,7 +176,8 @@ def preprocess(
         )
     show_counts("scans", {"ok": done.num_ok} | done.refused_by_code)
     if done.num_refused:
-        _show_refused(Path(done.manifest))
+        _show_refused(_refused_of(Path(done.manifest)))
+        typer.echo("All of them: the column message of manifest.parquet, or `photon contact-sheet`.")
     show_results(
         volumes=done.folder,
         manifest=done.manifest,
@@ -184,17 +193,20 @@ def preprocess(
         raise typer.Exit(EXIT_SOME_FAILED)
 
 
-def _show_refused(manifest: Path, most: int = 10) -> None:
-    """The first refused scans with code, fact and remedy. On the screen alone: names of files may name patients."""
+def _refused_of(manifest: Path) -> list[tuple[str, str, str]]:
+    """Code, name and message of every refused scan."""
     from pipelines.manifest import read_manifest
 
-    rows = read_manifest(manifest).select("scan_id", "source", "status", "message").iter_rows()
-    refused = [row for row in rows if row[2] != "ok"]
-    for scan_id, source, code, message in refused[:most]:
-        typer.echo(f"[{code}] {source or scan_id}: {message}")
+    rows = read_manifest(manifest).select("status", "source", "scan_id", "message").iter_rows()
+    return [(code, source or scan_id, message) for code, source, scan_id, message in rows if code != "ok"]
+
+
+def _show_refused(refused: Sequence[tuple[str, str, str]], most: int = 10) -> None:
+    """The first refusals with code, fact and remedy. On the screen alone: names of files may name patients."""
+    for code, name, message in refused[:most]:
+        typer.echo(f"[{code}] {name}: {message}")
     if len(refused) > most:
         typer.echo(f"... and {len(refused) - most} more.")
-    typer.echo("All of them: the column message of manifest.parquet, or `photon contact-sheet`.")
 
 
 @command
@@ -293,7 +305,8 @@ def contact_sheet(
 ) -> None:
     """Show every scan of a folder of volumes: three planes, grid, notes; and the refused ones with the reason.
 
-    Writes HTML pages that need no other file, at most 200 scans each.
+    Writes HTML pages that need no other file, at most 200 scans each. Exit code 3 says that volumes of the manifest are
+    missing or damaged; the pages show which. Scans that `photon preprocess` refused do not count.
 
     Example: `photon contact-sheet --volumes data/volumes --output out/scans.html`
     """
@@ -301,8 +314,14 @@ def contact_sheet(
 
     with show_progress("contact-sheet") as on_progress:
         record = write_contact_sheet(volumes, output, on_progress=on_progress)
+    if record.unread:
+        _show_refused([(scan["code"], scan["volume"], scan["message"]) for scan in record.unread])
+        typer.echo("All of them: the section Refused of the first page.")
     show_results(
         pages=f"{record.pages[0]}" + (f" and {len(record.pages) - 1} more" if len(record.pages) > 1 else ""),
         shown=record.num_shown,
         refused=record.num_refused,
+        unread=len(record.unread),
     )
+    if record.unread:
+        raise typer.Exit(EXIT_SOME_FAILED)

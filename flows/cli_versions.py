@@ -42,20 +42,36 @@ def record_version(data: Path, is_tracked: bool) -> None:
 
 
 @command
-def versions(data: Data = Path("data")) -> None:
-    """List the versions that the project's DVC cache holds, the latest first; * is the one data.dvc records.
+def versions(
+    data: Data = Path("data"),
+    all_: Annotated[bool, typer.Option("--all", help="Those of other data folders of the project too.")] = False,
+) -> None:
+    """List the versions of a data folder that DVC's cache holds, the latest first; * is the one data.dvc records.
 
-    Data folders of one project share its cache, so those of others are listed too.
+    Data folders side by side share one cache. A version of which nobody noted the folder is listed for all of them,
+    as unknown: it was recorded before folders were noted, or by `dvc add`, or came by `dvc fetch`.
 
     Example: `photon versions --data data`
     """
     from pipelines.old_versions import list_versions
 
+    found = list_versions(data)
+    shown = [old for old in found if all_ or old.is_for(data)]
     rows = [
-        ("*" if old.is_current else "", old.version, f"{old.recorded_at} UTC", old.num_files)
-        for old in list_versions(data)
+        (
+            "*" if old.is_current else "",
+            old.version,
+            f"{old.recorded_at} UTC",
+            old.num_files,
+            ", ".join(old.folders) or "unknown",
+        )
+        for old in shown
     ]
-    show_table("versions", ("", "version", "recorded", "files"), rows)
+    show_table("versions", ("", "version", "recorded", "files", "data folder"), rows)
+    if any(not old.folders for old in shown):
+        typer.echo("unknown: nobody noted the folder; compare it by `photon diff` before you restore it.")
+    if len(shown) < len(found):
+        typer.echo(f"{len(found) - len(shown)} more of other data folders: `photon versions --all`.")
 
 
 @command
@@ -64,7 +80,7 @@ def diff(
     after: Annotated[str, typer.Argument(metavar="AFTER", help="First characters of another.")],
     data: Data = Path("data"),
 ) -> None:
-    """Tell which scans were added, removed, redone or refused between two versions of a data folder.
+    """Tell which scans were added, removed, redone or refused between two versions of a data folder, or of two.
 
     Example: `photon diff 3fc6 d211 --data data`
     """
@@ -81,10 +97,14 @@ def restore(
     ],
     data: Data = Path("data"),
     force: Annotated[bool, typer.Option("--force", help="Although files that are in no version are lost.")] = False,
+    from_other: Annotated[
+        bool, typer.Option("--from-other", help="Although it is a version of another data folder.")
+    ] = False,
 ) -> None:
     """Go back to an older version: the data folder holds exactly its bytes again, and data.dvc records it.
 
-    Every file is checked against its hash. What a remote holds is fetched by `dvc fetch` first.
+    Every file is checked against its hash. What a remote holds is fetched by `dvc fetch` first. A version of another
+    data folder is refused.
 
     Example: `photon restore 3fc6 --data data`
     """
@@ -92,7 +112,9 @@ def restore(
 
     whole = find_version(data, version)
     with show_progress("restore") as on_progress:
-        num_written, num_deleted = restore_version(data, whole, is_forced=force, on_progress=on_progress)
+        num_written, num_deleted = restore_version(
+            data, whole, is_forced=force, is_any=from_other, on_progress=on_progress
+        )
     show_results(version=whole, written=f"{num_written} files", deleted=f"{num_deleted} files")
 
 

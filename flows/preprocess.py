@@ -1,4 +1,5 @@
-"""Preprocessing on Dask or Ray, through Prefect's task runners: the same stage, its scans handed out in chunks.
+"""Preprocessing on threads, Dask or Ray, through Prefect's task runners: the same stage, its scans handed out in
+chunks.
 
 A Prefect task costs tens of milliseconds, whatever it does (benchmarks/bench_archive.py); a chunk of `SCANS_PER_TASK`
 scans takes so much longer that this is below 5 % of it. Runners are imported only when they are asked for.
@@ -31,7 +32,8 @@ from pipelines.workers import default_num_workers  # noqa: E402
 _log = logging.getLogger("photon")
 
 SCANS_PER_TASK = 128
-RUNNERS = ("processes", "threads", "dask", "ray")
+CLUSTERS = ("dask", "ray")
+RUNNERS = ("processes", "threads", *CLUSTERS)
 
 
 def run_preprocess(
@@ -40,7 +42,7 @@ def run_preprocess(
     spec: VolumeSpec,
     *,
     runner: str,
-    scans_per_task: int = SCANS_PER_TASK,
+    scans_per_task: int | None = None,
     address: str | None = None,
     num_workers: int | None = None,
     **options: Any,
@@ -49,29 +51,46 @@ def run_preprocess(
 
     Args:
         runner: ``threads``, ``dask`` or ``ray``; ``processes`` does without Prefect.
-        scans_per_task: chunk; the last scans of a run wait for its slowest chunk.
+        scans_per_task: chunk, `SCANS_PER_TASK` by default; the last scans of a run wait for its slowest chunk.
         address: of a running Dask or Ray cluster that sees the same files; without it one is started here.
-        num_workers: of a cluster that is started here.
+        num_workers: threads or processes here, or those of a cluster that is started here.
         options: further arguments of :func:`preprocess`.
 
     Raises:
-        PhotonError: ``RUNNER_UNKNOWN``, ``RUNNER_MISSING``, and those of :func:`preprocess`.
+        PhotonError: ``RUNNER_UNKNOWN``, ``RUNNER_MISSING``, ``OPTION_UNUSED`` for an argument that the runner has no
+            use for, and those of :func:`preprocess`.
     """
+    if runner not in RUNNERS:
+        raise PhotonError("RUNNER_UNKNOWN", runner, "there is no such runner.", f"Choose one of: {', '.join(RUNNERS)}.")
+    _check_options(runner, scans_per_task, address, num_workers)
     if runner == "processes":
         return preprocess(input, output, spec, num_workers=num_workers, **options)
     task_runner = make_task_runner(runner, address, num_workers or default_num_workers())
 
     @flow(name="preprocess", persist_result=False, task_runner=task_runner)
     def preprocess_flow() -> Any:  # no arguments: Prefect would store them, and needs none
-        return preprocess(input, output, spec, run_jobs=in_tasks(scans_per_task), **options)
+        return preprocess(input, output, spec, run_jobs=in_tasks(scans_per_task or SCANS_PER_TASK), **options)
 
     with settings.embedded_server(), settings.quiet_flow_errors():
         record: Any = preprocess_flow()
     return cast(PreprocessRecord, record)
 
 
+def _check_options(runner: str, scans_per_task: int | None, address: str | None, num_workers: int | None) -> None:
+    """What would be ignored is refused: whoever says it expects it to count."""
+    if address is not None and runner not in CLUSTERS:
+        fact = f"the runner {runner} works on this machine alone."
+        raise PhotonError("OPTION_UNUSED", "--address", fact, "Leave it out, or say --runner dask or --runner ray.")
+    if scans_per_task is not None and runner == "processes":
+        fact = f"the runner {runner} hands scans out one by one."
+        raise PhotonError("OPTION_UNUSED", "--scans-per-task", fact, "Leave it out, or choose another --runner.")
+    if num_workers is not None and address is not None:
+        fact = f"a running {runner} cluster has the workers it has."
+        raise PhotonError("OPTION_UNUSED", "--workers", fact, "Leave it out, or --address, to start a cluster here.")
+
+
 def make_task_runner(name: str, address: str | None, num_workers: int) -> TaskRunner[Any]:
-    """A Prefect task runner of this name; each of its workers does one scan at a time."""
+    """The Prefect task runner of a name of `RUNNERS`; each of its workers does one scan at a time."""
     if name == "threads":
         return ThreadPoolTaskRunner(max_workers=num_workers)
     try:
@@ -83,16 +102,14 @@ def make_task_runner(name: str, address: str | None, num_workers: int) -> TaskRu
                 return DaskTaskRunner(address=address)
             cluster = {"n_workers": num_workers, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
             return DaskTaskRunner(cluster_kwargs=cluster)
-        if name == "ray":
-            from prefect_ray import RayTaskRunner
+        from prefect_ray import RayTaskRunner
 
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            local = {"num_cpus": num_workers, "include_dashboard": False, "log_to_driver": False}
-            return RayTaskRunner(address=address, init_kwargs={} if address else local)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        local = {"num_cpus": num_workers, "include_dashboard": False, "log_to_driver": False}
+        return RayTaskRunner(address=address, init_kwargs={} if address else local)
     except ImportError as error:
         fact = f"its packages are not installed ({error.name})."
         raise PhotonError("RUNNER_MISSING", name, fact, "Run pip install 'photon-volumes[runners]'.") from error
-    raise PhotonError("RUNNER_UNKNOWN", name, "there is no such runner.", f"Choose one of: {', '.join(RUNNERS)}.")
 
 
 class Chunk:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -42,6 +43,14 @@ class _Card:
     folder: Path
 
 
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+    """The figure of a card; `error` is why it holds no picture."""
+
+    figure: Markup
+    error: PhotonError | None = None
+
+
 def write_contact_sheet(volumes: Path, output: Path, *, on_progress: Progress | None = None) -> ContactSheetRecord:
     """Write the contact sheet of a folder that ``photon preprocess`` filled.
 
@@ -50,52 +59,55 @@ def write_contact_sheet(volumes: Path, output: Path, *, on_progress: Progress | 
         output: the first page; further ones get ``-2``, ``-3`` ... before the ending.
 
     Raises:
-        PhotonError: ``MANIFEST_INVALID``, ``OUTPUT_UNWRITABLE``. A volume that cannot be read is shown as that.
+        PhotonError: ``MANIFEST_INVALID``, ``OUTPUT_UNWRITABLE``. A volume that cannot be read is shown as that, and
+            listed in the record.
     """
     manifest = read_manifest(volumes / MANIFEST_NAME)
     prepare_output_folder(output.parent)
     shown = manifest.filter(status="ok").sort("modality", "scan_id").to_dicts()
     cards = _draw([_Card(row, volumes) for row in shown], on_progress)
+    unread = [_unread(row, error) for row in shown if (error := cards[row["scan_id"]].error)]
     pages = [shown[start : start + SCANS_PER_PAGE] for start in range(0, len(shown), SCANS_PER_PAGE)] or [[]]
     paths = [_page_path(output, number) for number in range(len(pages))]
     for number, (path, scans) in enumerate(zip(paths, pages, strict=True)):
         sections = _sections(scans, cards)
         if number == 0:
-            sections = [*_refused_sections(manifest), *sections]
-        header = _header(volumes, manifest, paths, number, pages)
+            sections = [*_refused_sections(manifest, unread), *sections]
+        header = _header(volumes, manifest, unread, paths, number, pages)
         footer = tag("span", "For research. Not a medical device; not for use in diagnosis or treatment.")
         write_text(path, page(f"Scans of {volumes.resolve().name}", header, sections, footer))
     _remove_further_pages(output, len(paths))
     return ContactSheetRecord(
         pages=[str(path) for path in paths],
-        num_shown=len(shown) - sum(UNREAD in card for card in cards.values()),
+        num_shown=len(shown) - len(unread),
         num_refused=len(manifest) - len(shown),
+        unread=unread,
     )
 
 
-def _draw(cards: Sequence[_Card], on_progress: Progress | None) -> dict[str, Markup]:
+def _draw(cards: Sequence[_Card], on_progress: Progress | None) -> dict[str, _Drawn]:
     """Every card's figure by scan id."""
     if len(cards) < FEW_SCANS:
-        drawn: Iterable[tuple[_Card, Markup | None]] = ((card, _figure(card)) for card in cards)
+        drawn: Iterable[tuple[_Card, _Drawn | None]] = ((card, _figure(card)) for card in cards)
     else:
         drawn = run_in_processes(_figure, cards, default_num_workers())
     figures = {}
     for card, figure in drawn:
-        words = "the process drawing it was killed."
-        figures[card.row["scan_id"]] = _without_picture(card.row, words) if figure is None else figure
+        figures[card.row["scan_id"]] = _killed(card) if figure is None else figure
         if on_progress:
             on_progress(len(figures), len(cards), card.row["scan_id"])
     return figures
 
 
-def _figure(card: _Card) -> Markup:
+def _figure(card: _Card) -> _Drawn:
     try:
         volume = read_volume(card.folder / card.row["volume"])
     except PhotonError as error:
-        return _without_picture(card.row, f"{error.fact} ({error.code})")
+        return _without_picture(card, error)
     planes = centre_planes(volume.voxels, volume_spacing_mm(volume))
     pictures = tag("div", *(_plane(plane) for plane in planes), class_="planes")
-    return tag("figure", pictures, _caption(card.row, volume), class_="scan noted" if card.row["notes"] else "scan")
+    kind = "scan noted" if card.row["notes"] else "scan"
+    return _Drawn(tag("figure", pictures, _caption(card.row, volume), class_=kind))
 
 
 def _plane(plane: Plane) -> Markup:
@@ -131,36 +143,54 @@ def _caption(row: dict[str, Any], volume: Volume) -> Markup:
     return tag("figcaption", tag("strong", row["scan_id"]), Markup("<br>"), facts, Markup("<br>"), grid, notes)
 
 
-def _without_picture(row: dict[str, Any], why: str) -> Markup:
-    caption = tag("figcaption", tag("strong", row["scan_id"]), Markup("<br>"), f"{UNREAD}: {why}")
-    return tag("figure", caption, class_="scan refused")
+def _killed(card: _Card) -> _Drawn:
+    fact = "the process drawing it was killed, perhaps for want of memory."
+    remedy = "Draw the sheet again, or use a machine with more memory."
+    return _without_picture(card, PhotonError("WORKER_KILLED", card.row["volume"], fact, remedy))
 
 
-def _sections(scans: Sequence[dict[str, Any]], cards: dict[str, Markup]) -> list[tuple[str, Markup]]:
+def _without_picture(card: _Card, error: PhotonError) -> _Drawn:
+    words = f"{UNREAD}: {error.fact} {error.remedy} ({error.code})"
+    caption = tag("figcaption", tag("strong", card.row["scan_id"]), Markup("<br>"), words)
+    return _Drawn(tag("figure", caption, class_="scan refused"), error)
+
+
+def _unread(row: dict[str, Any], error: PhotonError) -> dict[str, str]:
+    return {
+        "scan_id": row["scan_id"], "volume": row["volume"], "code": error.code,
+        "message": f"{error.fact} {error.remedy}",
+    }  # fmt: skip
+
+
+def _sections(scans: Sequence[dict[str, Any]], cards: dict[str, _Drawn]) -> list[tuple[str, Markup]]:
     """One gallery for each modality."""
     kinds: dict[str, list[Markup]] = {}
     for scan in scans:
-        kinds.setdefault(scan["modality"], []).append(cards[scan["scan_id"]])
+        kinds.setdefault(scan["modality"], []).append(cards[scan["scan_id"]].figure)
     return [(kind.upper(), tag("div", *figures, class_="scans")) for kind, figures in kinds.items()]
 
 
-def _refused_sections(manifest: pl.DataFrame) -> list[tuple[str, Markup]]:
-    refused = manifest.filter(pl.col("status") != "ok").sort("status", "scan_id")
-    if refused.is_empty():
+def _refused_sections(manifest: pl.DataFrame, unread: Sequence[dict[str, str]]) -> list[tuple[str, Markup]]:
+    """Scans that preprocessing refused, and those whose volumes cannot be read."""
+    refused = list(manifest.filter(pl.col("status") != "ok").select("status", "scan_id", "source", "message").rows())
+    refused += [(scan["code"], scan["scan_id"], scan["volume"], scan["message"]) for scan in unread]
+    if not refused:
         return []
     rows = []
-    for (code,), scans in refused.group_by(["status"], maintain_order=True):
-        rows.append(group_row(f"{code}: {len(scans)}", 3))
-        rows += [
-            row(scan["scan_id"], scan["source"], scan["message"], num_text=3, class_="indent")
-            for scan in scans.iter_rows(named=True)
-        ]
+    for code, scans in itertools.groupby(sorted(refused), key=lambda scan: scan[0]):
+        listed = [row(*scan[1:], num_text=3, class_="indent") for scan in scans]
+        rows += [group_row(f"{code}: {len(listed)}", 3), *listed]
     body = table(("scan", "file ", "why "), rows)
     return [("Refused", body if len(refused) <= 40 else tag("details", tag("summary", f"{len(refused)} scans"), body))]
 
 
 def _header(
-    volumes: Path, manifest: pl.DataFrame, paths: Sequence[Path], number: int, pages: Sequence[Sequence[dict[str, Any]]]
+    volumes: Path,
+    manifest: pl.DataFrame,
+    unread: Sequence[dict[str, str]],
+    paths: Sequence[Path],
+    number: int,
+    pages: Sequence[Sequence[dict[str, Any]]],
 ) -> Markup:
     counts = Counter(manifest["status"])
     num_noted = manifest.filter((pl.col("status") == "ok") & (pl.col("notes").list.len() > 0)).height
@@ -168,6 +198,7 @@ def _header(
     words = (
         f"{len(manifest)} scans: {counts['ok']} on the grid, {num_noted} of them with notes, "
         f"{len(manifest) - counts['ok']} refused{f' ({refused})' if refused else ''}. "
+        f"{f'Volumes that cannot be read: {len(unread)}. ' if unread else ''}"
         f"Planes run through the centre of the grid; lines are {LINES_MM} mm apart. {CONVENTION}"
     )
     links = []

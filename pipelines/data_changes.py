@@ -13,6 +13,7 @@ from pipelines.manifest import MANIFEST_NAME, SCHEMA
 from pipelines.old_versions import read_old_file
 from pipelines.results import VersionRecord
 from pipelines.tracking import Tracker
+from pipelines.version_owners import note_versions
 from pipelines.versioning import read_version, version_folder
 
 MANIFEST = f"volumes/{MANIFEST_NAME}"
@@ -35,6 +36,7 @@ def record_data(data: Path, tracker: Tracker) -> tuple[VersionRecord, pl.DataFra
     pointer = data.with_name(f"{data.name}.dvc")
     before = read_version(pointer) if pointer.exists() else None
     record = version_folder(data)
+    note_versions(data, before, record.data_version)
     changes = changes_between(data, before, record.data_version)
     tracker.log_table("changes", changes.to_dict(as_series=False))
     tracker.log_summary({f"scans_{change}": count for change, count in count_changes(changes).items()})

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from photon.errors import PhotonError
 from pipelines.files import atomic_path, write_text
+from pipelines.version_owners import note_versions, owners_of
 from pipelines.versioning import cache_folder, list_files, read_version
 
 FETCH = "Fetch it from your DVC remote: check the old data.dvc out of version control and run `dvc fetch`."
@@ -23,19 +24,26 @@ Progress = Callable[[int, int, str], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OldVersion:
-    """A version whose listing is in the cache; `recorded_at` is when it came there, in UTC."""
+    """A version whose listing is in the cache; `recorded_at` is when it came there, in UTC. `folders` are the names of
+    the data folders it is of, as far as that is known."""
 
     version: str
     recorded_at: str
     num_files: int
     is_current: bool
+    folders: tuple[str, ...]
+
+    def is_for(self, data: Path) -> bool:
+        """Whether it is of this data folder, or may be."""
+        return not self.folders or data.resolve().name in self.folders
 
 
 def list_versions(data: Path) -> list[OldVersion]:
-    """The versions of a data folder, and of others of the same project, that the cache lists; the latest first."""
+    """The versions that the cache lists, of this data folder and of others of the same project; the latest first."""
     data = data.resolve()
     pointer = data.with_name(f"{data.name}.dvc")
     current = read_version(pointer) if pointer.exists() else None
+    owners = owners_of(data.parent)
     found = []
     for path in cache_folder(data.parent).glob("??/*.dir"):
         version = path.parent.name + path.name
@@ -43,23 +51,28 @@ def list_versions(data: Path) -> list[OldVersion]:
         found.append((moment, version, len(_listing_of(data, version))))
     return [
         OldVersion(
-            version=version, recorded_at=f"{moment:%Y-%m-%d %H:%M:%S}", num_files=count, is_current=version == current
+            version=version,
+            recorded_at=f"{moment:%Y-%m-%d %H:%M:%S}",
+            num_files=count,
+            is_current=version == current,
+            folders=tuple(sorted(owners.get(version, ()))),
         )
         for moment, version, count in sorted(found, reverse=True)
     ]
 
 
 def find_version(data: Path, start: str) -> str:
-    """The one version that begins with these characters.
+    """The one version of a data folder that begins with these characters; if it has none, the one of another.
 
     Raises:
         PhotonError: ``VERSION_UNKNOWN`` when there is none, or more than one.
     """
-    found = [old.version for old in list_versions(data) if old.version.startswith(start)]
+    found = [old for old in list_versions(data) if start and old.version.startswith(start)]
+    found = [old for old in found if old.is_for(data)] or found
     if len(found) != 1:
         fact = f"{len(found)} versions in DVC's cache begin with it." if start else "it is empty."
         raise PhotonError("VERSION_UNKNOWN", start, fact, "`photon versions` lists them. " + FETCH)
-    return found[0]
+    return found[0].version
 
 
 def read_old_file(data: Path, version: str, name: str) -> bytes | None:
@@ -83,7 +96,12 @@ def read_old_file(data: Path, version: str, name: str) -> bytes | None:
 
 
 def restore_version(
-    data: Path, version: str, *, is_forced: bool = False, on_progress: Progress | None = None
+    data: Path,
+    version: str,
+    *,
+    is_forced: bool = False,
+    is_any: bool = False,
+    on_progress: Progress | None = None,
 ) -> tuple[int, int]:
     """Make a data folder hold exactly the bytes of an older version, and its pointer record it.
 
@@ -93,15 +111,23 @@ def restore_version(
     Args:
         version: whole, as of :func:`find_version`.
         is_forced: go on although files that are in no version would be lost.
+        is_any: go on although it is a version of another data folder.
 
     Returns:
         Number of files written and of files deleted.
 
     Raises:
         PhotonError: ``VERSION_UNKNOWN``; ``VERSION_INCOMPLETE`` when the cache lacks one of its files or the file has
-            rotted; ``DATA_UNRECORDED`` when files would be lost.
+            rotted; ``DATA_UNRECORDED`` when files would be lost; ``VERSION_FOREIGN`` when it is of another data
+            folder of the project.
     """
     data = data.resolve()
+    folders = owners_of(data.parent).get(version, set())
+    if folders and data.name not in folders and not is_any:
+        theirs = " and ".join(sorted(folders))
+        fact = f"it is a version of the data folder {theirs}, not of {data.name}."
+        remedy = f"Restore it there by `--data`, or say --from-other if {data.name} is to become a copy of it."
+        raise PhotonError("VERSION_FOREIGN", version, fact, remedy)
     wanted = _listing_of(data, version)
     for name, md5 in wanted.items():
         if not _object(data, md5).is_file():
@@ -128,6 +154,8 @@ def restore_version(
     size = sum((data / name).stat().st_size for name in wanted)
     pointer = f"outs:\n- md5: {version}\n  size: {size}\n  nfiles: {len(wanted)}\n  hash: md5\n  path: {data.name}\n"
     write_text(data.with_name(f"{data.name}.dvc"), pointer)
+    if folders:  # one that is nobody's does not become this folder's alone by lying in it for a while
+        note_versions(data, version)
     return len(changed), len(gone)
 
 

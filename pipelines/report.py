@@ -141,6 +141,8 @@ def _data(run: Path, data: Path) -> Markup:
     record = write_contact_sheet(data / "volumes", run / SCANS_FILE)
     link = tag("a", "contact sheet", href=SCANS_FILE)
     words = f": {record.num_shown:,} scans in three planes each, and why {record.num_refused:,} were refused."
+    if record.unread:
+        words += f" Volumes that cannot be read: {len(record.unread):,}."
     return tag("p", "The ", link, words)
 
 

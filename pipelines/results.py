@@ -73,11 +73,16 @@ class PreprocessRecord(Record):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContactSheetRecord(Record):
-    """Pages that show the scans of a folder of volumes."""
+    """Pages that show the scans of a folder of volumes.
+
+    `num_refused` were refused by preprocessing; `unread` has scan_id, volume, code and message of each whose volume
+    cannot be read.
+    """
 
     pages: list[str]
     num_shown: int
     num_refused: int
+    unread: list[dict[str, str]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -114,8 +114,9 @@ def read_volume(path: Path, spec: VolumeSpec | None = None) -> Volume:
     """Read a volume and check its bytes.
 
     Raises:
-        PhotonError: ``VOLUME_MISSING``; ``VOLUME_CORRUPT`` when any byte of the file is not as it was written;
-            ``VOLUME_SPEC_MISMATCH`` when ``spec`` is given and the volume has another.
+        PhotonError: ``VOLUME_MISSING``; ``VOLUME_UNREADABLE`` when the system refuses; ``VOLUME_CORRUPT`` when any
+            byte of the file is not as it was written; ``VOLUME_SPEC_MISMATCH`` when ``spec`` is given and the volume
+            has another.
     """
     record, packed = _open_volume(path, spec)
     try:
@@ -163,6 +164,9 @@ def _open_volume(path: Path, spec: VolumeSpec | None) -> tuple[VolumeRecord, lis
         )
     except FileNotFoundError as error:
         raise PhotonError("VOLUME_MISSING", path, "the file does not exist.", MAKE_AGAIN) from error
+    except OSError as error:
+        fact = f"the file cannot be read ({error.strerror or error})."
+        raise PhotonError("VOLUME_UNREADABLE", path, fact, "Check its permissions and the disk.") from error
     except (ValueError, KeyError, TypeError, PhotonError) as error:
         raise PhotonError("VOLUME_CORRUPT", path, f"it is not a whole volume file ({error}).", MAKE_AGAIN) from error
     if spec is not None and spec != record.spec:

@@ -25,7 +25,7 @@ from pipelines.grids import (
     is_aligned,
 )
 from pipelines.resample import IDENTITY, Mapping, resample_nearest, resample_scan, slab_makers
-from pipelines.scans.checks import EXPORT_AGAIN, range_notes
+from pipelines.scans.checks import BLANK_SCAN, range_notes
 from pipelines.scans.scan import Scan, read_scan
 from pipelines.volume_files import (
     Volume,
@@ -178,7 +178,8 @@ def normalise(voxels: np.ndarray, window_hu: tuple[int, int]) -> np.ndarray:
 def _percentile_mapping(scan: Scan, spec: VolumeSpec) -> Mapping:
     first, last = percentiles(scan.array)
     if first == last:
-        raise PhotonError("SCAN_CONSTANT", scan.path, f"nearly every voxel is {first:g}.", EXPORT_AGAIN)
+        fact = f"99 % or more of its voxels have the value {first:g}: the image is all but blank."
+        raise PhotonError("SCAN_CONSTANT", scan.path, fact, BLANK_SCAN)
     low, high = spec.window_hu
     return Mapping(first, (high - low) / (last - first), low)
 

@@ -35,6 +35,10 @@ CT_RANGE_HU = (-1100, 32767)
 FAT_HU = -20
 MANY_GREYS = 128
 EXPORT_AGAIN = "Export the scan again from its source."
+BLANK_SCAN = (
+    "Open it in a viewer: if it is empty there too, export it again; if it is a label map, it belongs to "
+    "`photon questions --masks`, not among the scans."
+)
 
 Trust = Literal["sform", "pixdim"]
 
@@ -146,7 +150,8 @@ def scaled(
     """
     low, high = _extent(raw, path)
     if low == high and not is_labels:
-        raise PhotonError("SCAN_CONSTANT", path, f"every voxel is {low:g}.", EXPORT_AGAIN)
+        fact = f"all its voxels have the value {low:g}: the image is blank."
+        raise PhotonError("SCAN_CONSTANT", path, fact, BLANK_SCAN)
     ends = sorted((low * slope + intercept, high * slope + intercept))
     if max(abs(ends[0]), abs(ends[1])) > MAX_VALUE:
         fact = f"its values run from {ends[0]:g} to {ends[1]:g}."

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+import flows.preprocess  # noqa: F401 - Prefect logs to the stream it finds when it is imported first
 from flows import cli
 from flows.cli import COMMANDS
 from flows.progress import show_progress
@@ -32,7 +33,7 @@ from pipelines.files import file_digest
 from pipelines.questions import EVERY_SCAN, Question, write_questions
 from pipelines.scans.nifti import write_scan
 from pipelines.train_spec import TrainSpec
-from pipelines.versioning import folder_version, read_version
+from pipelines.versioning import folder_version, read_version, version_folder
 from pipelines.volumes import VOLUME_SPECS
 
 NAMES = [command.__name__ for command in COMMANDS]
@@ -148,6 +149,36 @@ def test_preprocess_tells_what_it_refused(place: Path, photon: Callable[..., tup
     assert pl.read_parquet(place / "out" / "manifest.parquet").height == 3
 
 
+def test_runners_of_preprocessing_are_told_and_options_fit_them(
+    place: Path, photon: Callable[..., tuple[int, str, str]]
+) -> None:
+    text = " ".join(photon("preprocess", "--help")[1].replace("│", " ").split())
+    assert "processes or threads of this machine, dask or ray" in text
+    arguments = ("preprocess", "--input", make_archive(place), "--output", place / "out", "--preset", "smoke")
+    for more in (("--address", "tcp://x:1"), ("--runner", "threads", "--address", "tcp://x:1")):
+        code, text, error = photon(*arguments, *more)
+        assert code == 1 and error.startswith("photon: [OPTION_UNUSED] --address: ") and not text
+    code, _, error = photon(*arguments, "--scans-per-task", 4)
+    assert code == 1 and "[OPTION_UNUSED] --scans-per-task" in error
+    assert not (place / "out").exists()
+
+
+def test_a_contact_sheet_tells_which_volumes_cannot_be_read(
+    place: Path, photon: Callable[..., tuple[int, str, str]]
+) -> None:
+    archive = make_archive(place)
+    (archive / "bad.nii").write_bytes(b"no scan")
+    photon("preprocess", "--input", archive, "--output", place / "out", "--preset", "smoke")
+    arguments = ("contact-sheet", "--volumes", place / "out", "--output", place / "scans.html")
+    code, text, _ = photon(*arguments)
+    assert code == 0 and re.search(r"^unread +0$", text, re.MULTILINE), "a refused scan has been told before"
+    (place / "out" / "s0.safetensors").unlink()
+    code, text, _ = photon(*arguments)
+    assert code == 3 and "[VOLUME_MISSING] s0.safetensors: the file does not exist. Run" in text
+    assert re.search(r"^shown +1$", text, re.MULTILINE) and re.search(r"^unread +1$", text, re.MULTILINE)
+    assert "VOLUME_MISSING" in (place / "scans.html").read_text(encoding="utf-8")
+
+
 def test_versions_of_the_data_are_told_compared_and_restored(
     place: Path, photon: Callable[..., tuple[int, str, str]]
 ) -> None:
@@ -170,6 +201,40 @@ def test_versions_of_the_data_are_told_compared_and_restored(
     assert folder_version(data) == first and not (data / "raw" / "bad.nii").exists()
     code, text, _ = photon("contact-sheet", "--volumes", data / "volumes", "--output", place / "scans.html")
     assert code == 0 and (place / "scans.html").is_file()
+
+
+def test_versions_of_other_data_folders_are_kept_apart(
+    place: Path, photon: Callable[..., tuple[int, str, str]]
+) -> None:
+    first, second = place / "first", place / "second"
+    found = []
+    for number, data in enumerate((first, second)):
+        data.mkdir()
+        (data / "a.txt").write_text(str(number))
+        photon("record", "--data", data, "--no-track")
+        found.append(read_version(data.with_name(f"{data.name}.dvc")))
+    _, text, _ = photon("versions", "--data", first)
+    assert found[0] in text and found[1] not in text and "1 more of other data folders" in text
+    _, text, _ = photon("versions", "--data", first, "--all")
+    assert found[1] in text and "unknown" not in text
+    code, _, error = photon("restore", found[1][:8], "--data", first)
+    assert code == 1 and "[VERSION_FOREIGN]" in error and "of the data folder second" in error
+    assert (first / "a.txt").read_text() == "0"
+    assert photon("diff", found[0][:8], found[1][:8], "--data", first)[0] == 0
+    assert photon("restore", found[1][:8], "--data", first, "--from-other")[0] == 0
+    assert (first / "a.txt").read_text() == "1"
+
+
+def test_versions_of_which_nobody_noted_the_folder_are_told(
+    place: Path, photon: Callable[..., tuple[int, str, str]]
+) -> None:
+    data = place / "data"
+    data.mkdir()
+    for number in range(2):
+        (data / "a.txt").write_text(str(number))
+        version_folder(data)
+    _, text, _ = photon("versions", "--data", data)
+    assert "unknown: nobody noted the folder" in text and text.count(".dir") == 2
 
 
 def test_score_tells_its_rows_and_exits_with_3_when_some_failed(

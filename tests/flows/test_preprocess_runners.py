@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,6 +92,24 @@ def test_a_chunk_whose_worker_died_is_done_scan_by_scan(
 
     run()
     assert sum(chunks) == 3 and len(chunks) == NUM_SCANS
+
+
+@pytest.mark.parametrize(
+    ("runner", "options", "named"),
+    [
+        ("processes", {"address": "tcp://127.0.0.1:1"}, "--address"),
+        ("threads", {"address": "tcp://127.0.0.1:1"}, "--address"),
+        ("processes", {"scans_per_task": 5}, "--scans-per-task"),
+        ("dask", {"address": "tcp://127.0.0.1:1", "num_workers": 2}, "--workers"),
+    ],
+)
+def test_options_that_a_runner_has_no_use_for(
+    scans: Path, tmp_path: Path, runner: str, options: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(PhotonError, match="OPTION_UNUSED") as refused:
+        run_preprocess(scans, tmp_path / "out", SPEC, runner=runner, **options)
+    assert refused.value.subject == named and runner in refused.value.fact
+    assert not (tmp_path / "out").exists()
 
 
 def test_runners_that_are_not_there(scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,7 @@ def test_every_scan_stands_the_same_way(volumes: Path, tmp_path: Path) -> None:
     shown = figures(text)
     assert set(shown) == {"ras", "lpi", "spoiled"}
     assert "VOLUME_CORRUPT" in shown["spoiled"] and "<img" not in shown["spoiled"]
+    assert [(scan["scan_id"], scan["code"]) for scan in record.unread] == [("spoiled", "VOLUME_CORRUPT")]
     for scan_id, axes in (("ras", "RAS"), ("lpi", "LPI")):
         assert axes in shown[scan_id]
         assert re.findall(r'<b class="(\w+)">(\w)</b>', shown[scan_id])[:4] == [
@@ -79,6 +80,7 @@ def test_every_scan_stands_the_same_way(volumes: Path, tmp_path: Path) -> None:
             assert picture[:height].mean() > picture[height:].mean() + 0.1
     assert [len(pictures(shown[name])) for name in ("ras", "lpi")] == [3, 3]
     refused = text[text.index('id="refused"') :]
+    assert "VOLUME_CORRUPT: 1" in refused and "Volumes that cannot be read: 1." in text
     assert "SCAN_TRUNCATED: 1" in refused and "&lt;b&gt;cut" in refused and "<b>cut" not in text
 
 
@@ -104,6 +106,17 @@ def test_many_scans_are_spread_over_pages(volumes: Path, tmp_path: Path, monkeyp
     monkeypatch.undo()
     assert len(write_contact_sheet(volumes, target).pages) == 1
     assert not (tmp_path / "scans-2.html").exists()
+
+
+def test_a_volume_that_the_system_does_not_give_costs_its_own_picture(volumes: Path, tmp_path: Path) -> None:
+    (volumes / "ras.safetensors").unlink()
+    (volumes / "ras.safetensors").mkdir()
+    (volumes / "lpi.safetensors").unlink()
+    record = write_contact_sheet(volumes, tmp_path / "scans.html")
+    codes = {scan["scan_id"]: scan["code"] for scan in record.unread}
+    assert codes == {"lpi": "VOLUME_MISSING", "ras": "VOLUME_UNREADABLE", "spoiled": "VOLUME_CORRUPT"}
+    assert all("Run `photon preprocess`" in scan["message"] for scan in record.unread if scan["scan_id"] != "ras")
+    assert record.num_shown == 0
 
 
 def test_a_folder_without_a_manifest(tmp_path: Path) -> None:

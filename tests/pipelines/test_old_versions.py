@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from pipelines.old_versions import find_version, list_versions, restore_version
 from pipelines.preprocess import preprocess
 from pipelines.scans.nifti import write_scan
 from pipelines.tracking import MemoryTracker, NullTracker, open_store, tracked_run
+from pipelines.version_owners import NOTES
 from pipelines.versioning import cache_folder, folder_version, read_version
 from pipelines.volumes import VolumeSpec
 
@@ -148,6 +152,73 @@ def test_rotten_caches_restore_nothing(data: Path) -> None:
     for start in ("", "zz"):
         with pytest.raises(PhotonError, match="VERSION_UNKNOWN"):
             find_version(data, start)
+
+
+def test_a_version_belongs_to_its_data_folder(data: Path, tmp_path: Path) -> None:
+    other = data.with_name("other")
+    put_scan(other / "raw" / "theirs.nii", 20)
+    theirs = record_data(other, NullTracker())[0].data_version
+    put_scan(other / "raw" / "more.nii", 21)
+    record_data(other, NullTracker())
+    ours = record_data(data, NullTracker())[0].data_version
+    folders = {old.version: old.folders for old in list_versions(data)}
+    assert (folders[ours], folders[theirs]) == (("data",), ("other",))
+    assert [old.version for old in list_versions(data) if old.is_for(data)] == [ours]
+    before = contents(data.parent)
+    with pytest.raises(PhotonError, match="VERSION_FOREIGN") as refused:
+        restore_version(data, find_version(data, theirs[:12]), is_forced=True)
+    assert "data folder other, not of data" in refused.value.fact and "--from-other" in refused.value.remedy
+    assert contents(data.parent) == before
+    restore_version(data, theirs, is_any=True)
+    assert folder_version(data) == theirs
+    assert {old.version: old.folders for old in list_versions(data)}[theirs] == ("data", "other")
+    restore_version(data, ours)
+    restore_version(data, theirs)  # it is a version of both now
+    restore_version(other, theirs)
+
+
+def test_versions_of_which_nobody_noted_the_folder_are_for_everybody(data: Path) -> None:
+    first = record_data(data, NullTracker())[0].data_version
+    put_scan(data / "raw" / "kept.nii", 30)
+    second = record_data(data, NullTracker())[0].data_version
+    notes = cache_folder(data.parent).parents[1] / NOTES
+    assert len(notes.read_text(encoding="utf-8").split()) > 2
+    notes.unlink()  # as in a project from before there were notes
+    other = data.with_name("other")
+    put_scan(other / "raw" / "theirs.nii", 20)
+    folders = {old.version: old.folders for old in list_versions(other)}
+    assert folders == {first: (), second: ("data",)}, "the pointer tells of its present version"
+    restore_version(other, first, is_forced=True)
+    restore_version(data, second)
+    with pytest.raises(PhotonError, match="VERSION_FOREIGN"):
+        restore_version(other, second)
+    put_scan(other / "raw" / "theirs.nii", 22)
+    record_data(other, NullTracker())
+    notes.write_text(notes.read_text(encoding="utf-8") + '\n[]\n{"version": "', encoding="utf-8")  # a torn line
+    record_data(data, NullTracker())
+    assert {old.version: old.folders for old in list_versions(other)}[second] == ("data",)
+
+
+def test_the_version_before_notes_is_noted_with_the_next(data: Path) -> None:
+    first = record_data(data, NullTracker())[0].data_version
+    (cache_folder(data.parent).parents[1] / NOTES).unlink()
+    put_scan(data / "raw" / "kept.nii", 30)
+    record_data(data, NullTracker())
+    assert {old.version: old.folders for old in list_versions(data)}[first] == ("data",)
+
+
+def test_notes_are_no_part_of_what_dvc_keeps(data: Path) -> None:
+    first = record_data(data, NullTracker())[0].data_version
+    put_scan(data / "raw" / "kept.nii", 30)
+    record_data(data, NullTracker())
+    environment = {**os.environ, "DVC_SITE_CACHE_DIR": str(data.parent / ".dvc" / "site"), "DVC_NO_ANALYTICS": "true"}
+    for command in (("status",), ("gc", "--workspace", "--force")):
+        done = subprocess.run(
+            [sys.executable, "-m", "dvc", *command], cwd=data.parent, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert first not in {old.version for old in list_versions(data)}
+    assert (cache_folder(data.parent).parents[1] / NOTES).is_file()
 
 
 def test_the_table_reaches_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

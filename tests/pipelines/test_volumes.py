@@ -148,6 +148,21 @@ def test_mr_is_mapped_by_percentiles_and_ct_is_recognised(tmp_path: Path) -> Non
         resample(scan, SPEC, "pet")
 
 
+def test_a_blank_image_is_refused_in_words_that_help(tmp_path: Path) -> None:
+    array = np.zeros((20, 20, 20), np.int16)
+    write_scan(array, np.diag([3, 3, 3, 1]), tmp_path / "empty.nii")
+    array[9, 9, 5:15] = 2  # as in the label map of a small lesion
+    write_scan(array, np.diag([3, 3, 3, 1]), tmp_path / "specks.nii")
+    with pytest.raises(PhotonError, match="SCAN_CONSTANT") as empty:
+        read_scan(tmp_path / "empty.nii")
+    with pytest.raises(PhotonError, match="SCAN_CONSTANT") as specks:
+        resample(read_scan(tmp_path / "specks.nii"), SPEC)
+    assert empty.value.fact == "all its voxels have the value 0: the image is blank."
+    assert specks.value.fact == "99 % or more of its voxels have the value 0: the image is all but blank."
+    for error in (empty.value, specks.value):
+        assert "export it again" in error.remedy and "`photon questions --masks`" in error.remedy
+
+
 def test_volume_round_trip_is_exact_and_deterministic(tmp_path: Path) -> None:
     write_small(tmp_path / "a.nii")
     volume = resample(read_scan(tmp_path / "a.nii"), SPEC)
