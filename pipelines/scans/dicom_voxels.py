@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from photon.errors import PhotonError
-from pipelines.scans.checks import EXPORT_AGAIN, MAX_VALUE
+from pipelines.scans.checks import BLANK_SCAN, EXPORT_AGAIN, MAX_VALUE
 from pipelines.scans.dicom_files import GET_AGAIN, Pixels
 from pipelines.scans.dicom_headers import Slice
 from pipelines.scans.dicom_pixels import pixel_bytes, scaling_of, stored_range, stored_values
@@ -119,7 +119,8 @@ class _Builder:
             self._fill_padding()
         low, high = float(array.min()), float(array.max())
         if low == high:
-            raise PhotonError("SCAN_CONSTANT", subject, f"every voxel is {low:g}.", EXPORT_AGAIN)
+            fact = f"all its voxels have the value {low:g}: the image is blank."
+            raise PhotonError("SCAN_CONSTANT", subject, fact, BLANK_SCAN)
         if not max(-low, high) <= MAX_VALUE:
             raise PhotonError("SCALING_INVALID", subject, f"its values run from {low:g} to {high:g}.", EXPORT_AGAIN)
         return array
