@@ -72,7 +72,9 @@ def generate(
     output: Annotated[Path, typer.Option(help="Data folder to fill.")] = Path("data"),
     preset: Annotated[
         str,
-        typer.Option(help="Patients: demo, smoke; of PhantomVQA: vqa-small, vqa-medium, vqa-full, vqa-smoke."),
+        typer.Option(
+            help="Patients: demo, smoke; of PhantomVQA: vqa-quick, vqa-small, vqa-medium, vqa-full, vqa-smoke."
+        ),
     ] = "demo",
     seed: Annotated[int, typer.Option(help="Another seed, other patients.")] = 0,
 ) -> None:

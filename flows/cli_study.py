@@ -25,7 +25,11 @@ def study(
         Path | None, typer.Option(help="Folder of the results; default out/study and the preset's name.")
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="small (minutes on two cores), medium, full (wants a GPU), real, ablations or smoke.")
+        str,
+        typer.Option(
+            help="quick (a quarter of an hour on two cores), small (hours), medium, full (wants a GPU), real, ablations "
+            "or smoke."
+        ),
     ] = "small",
     seeds: Annotated[str | None, typer.Option(help="Seeds, e.g. 0,1,2; default the preset's.")] = None,
     variants: Annotated[
@@ -60,7 +64,7 @@ def study(
     history.jsonl and answers.parquet. Every training is a run in MLflow. Killed, the same command goes on where it was;
     with one more seed or variant it trains only that one.
 
-    Example: `photon study --preset small --output out/study`
+    Example: `photon study --preset quick --output out/study`
     """
     folder = output or Path("out") / f"study-{preset}"
     chosen: dict[str, Any] = {

@@ -47,6 +47,14 @@ PHANTOM_VQA_SPECS = {
         slice_tenths_mm=(56, 64),
         rare_fraction=0.25,
     ),
+    "vqa-quick": PhantomVqaSpec(
+        num_train=240,
+        num_val=24,
+        num_test=80,
+        volumes="vqa-small",
+        in_plane_tenths_mm=(30, 38),
+        slice_tenths_mm=(32, 44),
+    ),
     "vqa-small": PhantomVqaSpec(
         num_train=400,
         num_val=32,

@@ -24,6 +24,8 @@ from pipelines.train_history import read_history
 from pipelines.train_spec import TrainSpec
 
 ANSWERS = "answers.parquet"
+VISION, WARM_UP = "vision", "warm-up"
+"""Names of the starts, before their seeds."""
 OTHER_CODE = tuple(f"pipelines/study/{name}.py" for name in ("variants", "analysis", "report", "sections", "figures"))
 """Settings, whose values are among a part's inputs, and what is made of finished parts: a change redoes no part."""
 log = logging.getLogger("photon.study")
@@ -42,6 +44,8 @@ class StudyParts:
     launch: Launch
     threads: int
     """Of computation, for each part."""
+    start_threads: int = 1
+    """The same for the starts, of which one a seed can be made at a time."""
     job: Job
     progress: SharedProgress = dataclasses.field(default_factory=lambda: SharedProgress(None, {}))
 
@@ -50,7 +54,7 @@ class StudyParts:
         steps = self.spec.lengths
         parts = [Part("regions", (), 5, self.regions)]
         for seed in self.spec.seeds:
-            vision, warm_up = f"vision-seed-{seed}", f"warm-up-seed-{seed}"
+            vision, warm_up = f"{VISION}-seed-{seed}", f"{WARM_UP}-seed-{seed}"
             parts += [
                 Part(vision, (), steps.naming, functools.partial(self.vision, vision, seed)),
                 Part(
@@ -250,8 +254,10 @@ class StudyParts:
         self, name: str, span: Span, function: Any, arguments: dict[str, Any], tracker: Tracker
     ) -> dict[str, Any]:
         on_progress = self.progress.of(name, span)
+        is_start = name.startswith((f"{VISION}-seed-", f"{WARM_UP}-seed-"))
+        threads = self.start_threads if is_start else self.threads
         found: dict[str, Any] = self.launch(
-            function, arguments, tracker=tracker, on_progress=on_progress, threads=self.threads
+            function, arguments, tracker=tracker, on_progress=on_progress, threads=threads
         )
         return found
 

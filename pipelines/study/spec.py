@@ -15,7 +15,8 @@ from pipelines.phantom_vqa.cohort import RARE_FINDINGS
 from pipelines.study.variants import DISTILLED, Variant, ablations, policies
 from pipelines.train_spec import WHOLE_PROBABILITY, TrainSpec
 
-PRESETS = ("small", "medium", "full", "real", "ablations", "smoke")
+QUICK_VARIANTS = ("photon", "all", "fixed-blind")
+PRESETS = ("quick", "small", "medium", "full", "real", "ablations", "smoke")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,9 @@ class Lengths:
 
 LENGTHS = {
     "smoke": Lengths(naming=4, blind=4, warm_up=6, soft=2, hard=4, flip_after=2, alignment=1, validate_every=3),
+    "quick": Lengths(
+        naming=300, blind=60, warm_up=500, soft=60, hard=120, flip_after=60, alignment=20, validate_every=50
+    ),
     "small": Lengths(
         naming=600, blind=120, warm_up=900, soft=100, hard=160, flip_after=60, alignment=20, validate_every=50
     ),
@@ -126,7 +130,7 @@ class StudySpec:
 
         Args:
             seeds: other seeds than the preset's.
-            variants: names of those variants that are trained; None: all.
+            variants: names of those variants that are trained; None: all, of "quick" three.
             precision: of the arithmetic of a training step.
             keep_ratio: share of tokens of the policies that keep a set number.
 
@@ -139,6 +143,8 @@ class StudySpec:
         lengths = LENGTHS["small" if name == "ablations" else name]
         known = ablations(lengths.soft, lengths.hard) if name == "ablations" else policies(keep_ratio)
         names = [variant.name for variant in known]
+        if name == "quick" and variants is None:
+            variants = QUICK_VARIANTS
         for variant in variants or ():
             if variant not in names:
                 raise PhotonError(
@@ -235,6 +241,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "naming_scans_per_step": 2,
         "save_every": 2,
     },
+    "quick": {"phantoms": "vqa-quick", "rare_subtypes": _RARE, "seeds": (0,)},
     "small": {"phantoms": "vqa-small", "rare_subtypes": _RARE},
     "ablations": {"phantoms": "vqa-small", "rare_subtypes": _RARE},
     "medium": {"phantoms": "vqa-medium", "rare_subtypes": _RARE},

@@ -47,13 +47,17 @@ PHOTON = Variant(name="photon", pruning=LEARNT, conditions=CONDITIONS[1:])
 """The same in every preset, so that ablations in the folder of a study go on from what it found."""
 
 
+KEEP_RATIO = 0.38
+"""Of the policies that keep a set number: at least what photon keeps in the mean."""
+
+
 def policies(keep_ratio: float | None = None) -> tuple[Variant, ...]:
     """One variant a policy.
 
     Args:
-        keep_ratio: share of tokens of the policies that keep a set number; None: the configuration's default.
+        keep_ratio: share of tokens of the policies that keep a set number; default `KEEP_RATIO`.
     """
-    ratio = {} if keep_ratio is None else {"keep_ratio": keep_ratio}
+    ratio = {"keep_ratio": KEEP_RATIO if keep_ratio is None else keep_ratio}
     return (
         PHOTON,
         Variant(name="all", pruning={"policy": "all", **UNTAUGHT}),
