@@ -94,6 +94,13 @@ def test_choices() -> None:
     assert spec.optimiser.precision == spec.pruned_optimiser.precision == "bfloat16"
 
 
+def test_the_quick_study_is_one_seed_and_three_policies_unless_others_are_asked_for() -> None:
+    spec = StudySpec.preset("quick")
+    assert spec.seeds == (0,) and [variant.name for variant in spec.variants] == ["photon", "all", "fixed-blind"]
+    assert spec.variants[0] == StudySpec.preset("small").variants[0]
+    assert [variant.name for variant in StudySpec.preset("quick", variants=["slices"]).variants] == ["slices"]
+
+
 def test_unknown_names_are_refused() -> None:
     for code, call in (
         ("PRESET_UNKNOWN", lambda: StudySpec.preset("large")),
