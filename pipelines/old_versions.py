@@ -5,6 +5,7 @@ Every file that is restored is checked against its hash on the way; DVC would tr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -152,10 +153,13 @@ def restore_version(
         (data / name).unlink(missing_ok=True)
     _remove_empty_folders(data)
     size = sum((data / name).stat().st_size for name in wanted)
-    pointer = f"outs:\n- md5: {version}\n  size: {size}\n  nfiles: {len(wanted)}\n  hash: md5\n  path: {data.name}\n"
-    write_text(data.with_name(f"{data.name}.dvc"), pointer)
-    if folders:  # one that is nobody's does not become this folder's alone by lying in it for a while
-        note_versions(data, version)
+    content = f"outs:\n- md5: {version}\n  size: {size}\n  nfiles: {len(wanted)}\n  hash: md5\n  path: {data.name}\n"
+    pointer = data.with_name(f"{data.name}.dvc")
+    if pointer.exists():  # until now it told of the version that is left
+        with contextlib.suppress(PhotonError):  # it was damaged
+            note_versions(data, read_version(pointer))
+    note_versions(data, version, is_anybodys=not folders)
+    write_text(pointer, content)
     return len(changed), len(gone)
 
 

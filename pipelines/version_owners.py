@@ -2,7 +2,7 @@
 
 Noted beside the cache, so on this machine alone, a line a version and folder; a pointer tells of its present version
 too. A version may belong to several folders of equal bytes. One of which nothing is known, as it was recorded before
-there were notes or came by `dvc fetch`, is nobody's, and anybody may have it.
+there were notes or came by `dvc fetch`, is nobody's: anybody may have it, and having it makes it nobody else's less.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from photon.errors import PhotonError
 from pipelines.versioning import cache_folder, read_version
 
 NOTES = "photon-versions.jsonl"
+ANYBODY = ""
+"""The owner of a version that was restored while it was nobody's."""
 
 
-def note_versions(data: Path, *versions: str | None) -> None:
-    """Note that these versions are of this data folder; None is none. Where the cache cannot be written to, they stay
-    nobody's."""
+def note_versions(data: Path, *versions: str | None, is_anybodys: bool = False) -> None:
+    """Note that these versions are of this data folder, or are anybody's; None is none. Where the cache cannot be
+    written to, they stay nobody's."""
     data = data.resolve()
-    path = _notes_path(data.parent)
+    path, owner = _notes_path(data.parent), ANYBODY if is_anybodys else data.name
     known = _noted(data.parent)
-    new = [version for version in versions if version and data.name not in known.get(version, ())]
-    lines = "".join(json.dumps({"version": version, "folder": data.name}) + "\n" for version in new)
+    new = [version for version in versions if version and owner not in known.get(version, ())]
+    lines = "".join(json.dumps({"version": version, "folder": owner}) + "\n" for version in new)
     if not lines:
         return
     with contextlib.suppress(OSError):
@@ -36,12 +38,18 @@ def note_versions(data: Path, *versions: str | None) -> None:
 
 
 def owners_of(project: Path) -> dict[str, set[str]]:
-    """The names of the data folders of every version of a project of which they are known."""
+    """The names of the data folders of every version of a project of which they are known; folders that are gone, or
+    have another name now, do not count."""
     owners = _noted(project)
     for pointer in project.glob("*.dvc"):
         with contextlib.suppress(PhotonError, OSError):  # of a single file, or damaged
             owners.setdefault(read_version(pointer), set()).add(pointer.name.removesuffix(".dvc"))
-    return owners
+    there = {name for names in owners.values() for name in names if _is_there(project, name)}
+    return {version: set() if ANYBODY in names else names & there for version, names in owners.items()}
+
+
+def _is_there(project: Path, name: str) -> bool:
+    return name != ANYBODY and ((project / name).exists() or (project / f"{name}.dvc").exists())
 
 
 def _noted(project: Path) -> dict[str, set[str]]:

@@ -191,11 +191,15 @@ class _Header:
             if "ElementSpacing" not in self._fields:
                 self.notes.append("the header records no voxel spacing: 1 mm is assumed")
             return self.numbers("ElementSpacing", 3, "1 1 1")
-        size = self.numbers("ElementSize", 3)
         if "ElementSpacing" not in self._fields:
             self.notes.append("the header records no ElementSpacing: ElementSize is taken for it")
-            return size
+            return self.numbers("ElementSize", 3)
         spacing = self.numbers("ElementSpacing", 3)
+        try:
+            size = self.numbers("ElementSize", 3)
+        except PhotonError:
+            self.notes.append("ElementSize is no list of three numbers: ElementSpacing counts")
+            return spacing
         # Written so that what is not finite differs.
         if not all(abs(a - b) <= MAX_SPACING_MISMATCH * b for a, b in zip(size, spacing, strict=True)):
             self.notes.append(f"ElementSize {shown(size)} differs from ElementSpacing {shown(spacing)}, which counts")

@@ -110,10 +110,14 @@ def checked_affine(
     Raises:
         PhotonError: ``SPACING_INVALID``, ``SPACING_CONFLICT`` or ``AFFINE_INVALID``.
     """
+    code = int(header["xyzt_units"]) & 7
     pixdim = [float(value) for value in header["pixdim"][1:4]]
-    deciding = [math.hypot(*best[:3, axis]) for axis in range(3)] if trust == "sform" else pixdim
-    unit_mm = _unit_mm(int(header["xyzt_units"]) & 7, deciding, path, notes)
+    columns = [math.hypot(*best[:3, axis]) for axis in range(3)]
+    unit_mm = _unit_mm(code, columns if trust == "sform" else pixdim, path, notes)
     pixdim = [value * unit_mm for value in pixdim]
+    if trust == "pixdim":  # the matrix, of which directions and origin count, may be in another unit than the spacing
+        units = (unit_mm, 1.0, _UNIT_MM.get(code, 1.0))
+        unit_mm = next((unit for unit in units if is_spacing([value * unit for value in columns])), unit_mm)
     affine = np.array(best, np.float64)
     affine[:3] *= unit_mm
     if trust != "sform":

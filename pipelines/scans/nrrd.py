@@ -155,6 +155,7 @@ def _affine(fields: Mapping[str, Any], path: Path, notes: list[str]) -> np.ndarr
         notes.append(f"the header says nothing of the patient's axes (space '{space}'): LPS is assumed")
         signs = _TO_RAS["lps"]
     directions, spacings = fields.get("space directions"), fields.get("spacings")
+    unit_mm = _unit_mm(fields, path, notes)
     if directions is not None:
         if np.shape(directions) != (3, 3):
             raise bad_affine(path, f"its space directions are a table of {np.shape(directions)}.")
@@ -162,7 +163,9 @@ def _affine(fields: Mapping[str, Any], path: Path, notes: list[str]) -> np.ndarr
         if spacings is not None:
             _check_spacings(spacings, affine, path)
     else:
-        affine[:3, :3] = np.diag(_spacings(spacings, path, notes))
+        affine[:3, :3] = np.diag([1 / unit_mm] * 3 if spacings is None else _spacings(spacings, path, notes))
+        if spacings is None:
+            notes.append("the header records no voxel spacing: 1 mm is assumed")
         # Even where the space is known, nothing says how the voxels lie in it.
         notes.append("the header records no directions: axes along those of the space are assumed")
     origin = fields.get("space origin")
@@ -175,7 +178,7 @@ def _affine(fields: Mapping[str, Any], path: Path, notes: list[str]) -> np.ndarr
         raise bad_affine(path, f"its origin has {np.size(origin)} numbers.")
     else:
         affine[:3, 3] = origin
-    affine[:3] *= _unit_mm(fields, path, notes)
+    affine[:3] *= unit_mm
     affine = np.diag([*signs, 1.0]) @ affine
     check_matrix(affine, path, notes)
     return affine
@@ -183,9 +186,6 @@ def _affine(fields: Mapping[str, Any], path: Path, notes: list[str]) -> np.ndarr
 
 def _spacings(spacings: Any, path: Path, notes: list[str]) -> list[float]:
     """Three voxel spacings, signed, of a header without directions."""
-    if spacings is None:
-        notes.append("the header records no voxel spacing: 1 mm is assumed")
-        return [1.0, 1.0, 1.0]
     values = np.asarray(spacings, np.float64).ravel().tolist()
     if len(values) != 3:
         raise unreadable(path, f"it has {len(values)} spacings for three axes.")
@@ -207,20 +207,23 @@ def _check_spacings(spacings: Any, affine: np.ndarray, path: Path) -> None:
 
 
 def _unit_mm(fields: Mapping[str, Any], path: Path, notes: list[str]) -> float:
-    """The one unit of length, in mm: that of directions and origin (``space units``) and of spacings (``units``)."""
-    of_space, of_axes = (
-        {str(unit).strip('"').lower() for unit in fields.get(key, ())} - {"", "???"} for key in ("space units", "units")
-    )
-    if not of_space and "space directions" in fields:
-        of_space = {"mm"}  # the unit of an axis says nothing of its direction
-    units = of_space | of_axes
-    if not units:
-        return 1.0
-    if not units <= set(_UNIT_MM) or len({_UNIT_MM[unit] for unit in units}) > 1:
+    """The one unit of length, in mm: that of directions and origin (``space units``), and of spacings (``units``) where
+    there are no directions, of which the unit of an axis says nothing."""
+    keys = ["space units"]
+    if "spacings" in fields and "space directions" not in fields:
+        keys.append("units")
+    units = {str(unit).strip('"').lower() for key in keys for unit in fields.get(key, ())} - {"", "???"}
+    # Other words may be anybody's name, so that they are not quoted.
+    if not units <= set(_UNIT_MM):
+        raise bad_affine(path, f"its unit of length is none of {', '.join(sorted(_UNIT_MM))}.")
+    if len({_UNIT_MM[unit] for unit in units}) > 1:
         raise bad_affine(path, f"its units of length are {sorted(units)}.")
-    unit_mm = _UNIT_MM[units.pop()]
+    unit_mm = _UNIT_MM[units.pop()] if units else 1.0
     if unit_mm != 1.0:
         notes.append(f"its unit of length is {unit_mm:g} mm")
+    others = {_UNIT_MM.get(str(unit).strip('"').lower(), unit_mm) for unit in fields.get("units", ())} - {unit_mm}
+    if others and len(keys) == 1:
+        notes.append("the units of its axes are not that of its space, which counts")
     return unit_mm
 
 

@@ -31,7 +31,8 @@ empty label maps 1000, but those are small."""
 MAX_DRAIN = 1 << 28
 GZIP_MAGIC = b"\x1f\x8b"
 GZIP_RESERVED_FLAGS = 0xE0
-"""Bits of a gzip header's fourth byte that RFC 1952 wants to be zero; the decoder does not look at them."""
+"""Bits of a gzip header's fourth byte that RFC 1952 wants to be zero; the decoder does not look at them, and we do at
+the beginning of a stream only."""
 
 _BLOCK = 1 << 22
 _READ_AHEAD = 1 << 19
@@ -255,10 +256,10 @@ class ScanStream:
                 while content := content or file.read(_MEMBER_BLOCK):
                     if member is None:
                         content = content.lstrip(b"\0")
-                        if len(content) < len(GZIP_MAGIC):
-                            content += file.read(_MEMBER_BLOCK)
                         if not content:
                             continue
+                        if len(content) < len(GZIP_MAGIC):
+                            content += file.read(_MEMBER_BLOCK)
                         if not GZIP_MAGIC.startswith(content[: len(GZIP_MAGIC)]):
                             return num_whole > 0
                         member = zlib.decompressobj(wbits=31)

@@ -199,6 +199,36 @@ def test_versions_of_which_nobody_noted_the_folder_are_for_everybody(data: Path)
     assert {old.version: old.folders for old in list_versions(other)}[second] == ("data",)
 
 
+def test_restoring_what_is_nobodys_takes_it_from_nobody(data: Path) -> None:
+    first = record_data(data, NullTracker())[0].data_version
+    put_scan(data / "raw" / "kept.nii", 30)
+    second = record_data(data, NullTracker())[0].data_version
+    (cache_folder(data.parent).parents[1] / NOTES).unlink()
+    other = data.with_name("other")
+    other.mkdir()
+    restore_version(other, first)
+    restore_version(data, first)
+    with pytest.raises(PhotonError, match="VERSION_FOREIGN"):
+        restore_version(other, second)  # of which only data's pointer told, before it was written anew
+    put_scan(other / "raw" / "theirs.nii", 22)
+    record_data(other, NullTracker())
+    restore_version(data, second)
+    restore_version(data, first)
+    assert all(old.is_for(data) for old in list_versions(data) if old.version in (first, second))
+
+
+def test_a_renamed_data_folder_keeps_its_versions(data: Path) -> None:
+    first = record_data(data, NullTracker())[0].data_version
+    put_scan(data / "raw" / "kept.nii", 30)
+    record_data(data, NullTracker())
+    renamed = data.with_name("study")
+    data.rename(renamed)
+    data.with_name("data.dvc").rename(data.with_name("study.dvc"))
+    assert all(old.is_for(renamed) for old in list_versions(renamed))
+    restore_version(renamed, first)
+    assert folder_version(renamed) == first
+
+
 def test_the_version_before_notes_is_noted_with_the_next(data: Path) -> None:
     first = record_data(data, NullTracker())[0].data_version
     (cache_folder(data.parent).parents[1] / NOTES).unlink()

@@ -190,6 +190,10 @@ def test_d3_zeros_may_fill_up_a_gzip_file(tmp_path: Path, name: str) -> None:
         assert refusal(put(tmp_path, name, data + more)).code == "SCAN_TRAILING_DATA"
     for more in (packed(b"")[:1], packed(b"")[:2], packed(b"")[:-1], bytes(20) + packed(b"")[:12]):
         assert refusal(put(tmp_path, name, data + more)).code == "SCAN_TRUNCATED"
+    for num_zeros in (4096 - len(data) % 4096, 10_000):  # blocks of nothing else
+        cut, spoilt = packed(b"")[:-3], packed(b"")[:-5] + b"wrong"
+        assert refusal(put(tmp_path, name, data + bytes(num_zeros) + cut)).code == "SCAN_TRUNCATED"
+        assert refusal(put(tmp_path, name, data + bytes(num_zeros) + spoilt)).code == "GZIP_CORRUPT"
 
 
 def test_d3_headers_that_declare_more_or_less_than_there_is(tmp_path: Path) -> None:

@@ -123,6 +123,10 @@ def test_sizes_of_metaimage_beside_spacings(tmp_path: Path) -> None:
         assert scan.spacing_mm == (0.7, 0.8, 2.5) and len(scan.notes) == num_notes
         assert all("ElementSpacing (0.7, 0.8, 2.5), which counts" in note for note in scan.notes)
     assert_same(meta(tmp_path / "a.mha", ElementSize="0.7 0.8 5"))
+    for size in ("3", "3 3", "unknown"):
+        path = meta(tmp_path / "a.mha", ElementSize=size)
+        assert read_scan(path).spacing_mm == (0.7, 0.8, 2.5)
+        assert read_scan(path).notes == ("ElementSize is no list of three numbers: ElementSpacing counts",)
 
 
 def test_letters_of_metaimage_against_its_matrix(tmp_path: Path) -> None:
@@ -179,11 +183,23 @@ def test_spacings_of_nrrd_without_directions(tmp_path: Path) -> None:
         units = " ".join([f'"{unit}"'] * 3)
         path = nrrd(tmp_path / "b.nrrd", changes=changes | {"spacings": spacings, "units": units})
         scan = read_scan(path)
-        assert scan.spacing_mm == (0.7, 0.8, 2.5) and "unit of length" in scan.notes[1]
+        assert scan.spacing_mm == (0.7, 0.8, 2.5) and "unit of length" in scan.notes[0]
     scan = read_scan(nrrd(tmp_path / "a.nrrd", changes={"space directions": None}))
     assert scan.spacing_mm == (1, 1, 1) and len(scan.notes) == 2 and assumed in scan.notes
-    for unit in ("mm", "millimeter", ""):
-        assert read_scan(nrrd(tmp_path / "a.nrrd", changes={"units": f'"{unit}" "{unit}" "{unit}"'})).notes == ()
+    scan = read_scan(nrrd(tmp_path / "a.nrrd", changes={"space directions": None, "space units": '"cm" "cm" "cm"'}))
+    assert scan.spacing_mm == (1, 1, 1) and len(scan.notes) == 3
+
+
+def test_units_of_axes_beside_directions_say_nothing_of_them(tmp_path: Path) -> None:
+    for unit, num_notes in (("mm", 0), ("millimeter", 0), ("", 0), ("HU", 0), ("Doe^John", 0), ("cm", 1)):
+        scan = read_scan(nrrd(tmp_path / "a.nrrd", changes={"units": f'"{unit}" "{unit}" "{unit}"'}))
+        assert scan.spacing_mm == (0.7, 0.8, 2.5)
+        assert len(scan.notes) == num_notes and not any(unit in note for note in scan.notes if unit)
+    error = refusal(nrrd(tmp_path / "a.nrrd", changes={"space units": '"Doe^John" "mm" "mm"'}))
+    assert error.code == "AFFINE_INVALID" and "doe" not in error.fact.lower()
+
+
+def test_spacings_beside_directions(tmp_path: Path) -> None:
     for same in ("0.7 0.8 2.5", "nan nan nan"):
         assert read_scan(nrrd(tmp_path / "a.nrrd", changes={"spacings": same})).notes == ()
 
@@ -310,9 +326,11 @@ NRRD_FAULTS: dict[str, tuple[dict[str, str | None], str]] = {
     "spacing zero": ({"space directions": None, "spacings": "1 0 2"}, "SPACING_INVALID"),
     "spacing NaN": ({"space directions": None, "spacings": "1 nan 2"}, "SPACING_INVALID"),
     "spacing in metres": ({"space directions": None, "spacings": "1 1 2", "units": '"m" "m" "m"'}, "SPACING_INVALID"),
-    "two units": ({"space units": '"mm" "mm" "mm"', "units": '"cm" "cm" "cm"'}, "AFFINE_INVALID"),
+    "two units": (
+        {"space directions": None, "spacings": "1 1 2", "space units": '"mm" "mm" "mm"', "units": '"cm" "cm" "cm"'},
+        "AFFINE_INVALID",
+    ),
     "two spacings without end": ({"spacings": "inf 0.8 2.5"}, "AFFINE_INVALID"),
-    "unit of axes with directions": ({"units": '"cm" "cm" "cm"'}, "AFFINE_INVALID"),
     "two spacings": ({"spacings": "1 2 3"}, "AFFINE_INVALID"),
     "origin of axes": ({"space origin": None, "axis mins": "10 20 30"}, "AFFINE_INVALID"),
     "origin of two": ({"space origin": "(1,2)"}, "AFFINE_INVALID"),

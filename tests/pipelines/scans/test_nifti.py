@@ -174,8 +174,14 @@ def test_a_matrix_in_another_unit_than_the_spacing_is_refused(tmp_path: Path) ->
     patched(path, 80, "3f", 0.003, 0.003, 0.004)
     assert refusal(path).code == "SPACING_INVALID"
     assert read_scan(path, trust="sform").spacing_mm == (3, 3, 4)
+    right = [[3, 0, 0, -15], [0, 3, 0, 0], [0, 0, 4, 0], [0, 0, 0, 1]]
     scan = read_scan(path, trust="pixdim")
-    assert np.allclose(scan.spacing_mm, (3, 3, 4)) and any("unit of length" in note for note in scan.notes)
+    assert np.allclose(scan.affine, right, atol=1e-5) and any("unit of length" in note for note in scan.notes)
+    path = in_unit(tmp_path / "b.nii", 1, 0.003, 0.003, 0.004)  # the other way round
+    patched(path, 80, "3f", 3, 3, 4)
+    assert refusal(path).code == "SPACING_INVALID"
+    scan = read_scan(path, trust="pixdim")
+    assert np.allclose(scan.affine, right, atol=1e-5) and any("taken as mm" in note for note in scan.notes)
 
 
 def test_an_origin_beyond_any_scanner_is_noted(tmp_path: Path) -> None:
