@@ -28,13 +28,14 @@ BLOCK = 1 << 22
 
 
 def photon() -> Job:
-    """This project, with a thread a core unless the environment asks for fewer."""
+    """This project, with the threads that `photon preprocess` gives a lone scan, unless the environment says one."""
     from pipelines.grids import VOLUME_SPECS
     from pipelines.preprocess import MAX_THREADS
     from pipelines.scans.scan import read_scan
     from pipelines.volumes import store_scan
+    from pipelines.workers import default_num_workers
 
-    num_threads = int(os.environ.get("OMP_NUM_THREADS", min(MAX_THREADS, os.cpu_count() or 1)))
+    num_threads = int(os.environ.get("OMP_NUM_THREADS", min(MAX_THREADS, default_num_workers())))
 
     def job(source: Path, target: Path) -> None:
         store_scan(read_scan(source), VOLUME_SPECS["iso1mm"], target, "ct", num_threads=num_threads)

@@ -125,7 +125,7 @@ def preprocess(
         int | None, typer.Option(min=1, help="Scans done at once; default by cores and free memory.")
     ] = None,
     device: Annotated[
-        str, typer.Option(help="Where scans are resampled: cpu, cuda or auto; the volumes are the same.")
+        str, typer.Option(help="Where scans are resampled: cpu, cuda or auto. The volumes are the same.")
     ] = "cpu",
     prune: Annotated[
         bool, typer.Option("--prune", help="Delete volumes of scans that are gone or refused now.")

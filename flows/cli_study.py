@@ -37,7 +37,7 @@ def study(
     ] = None,
     keep_ratio: Annotated[
         float | None,
-        typer.Option(min=0.01, max=1.0, help="Share of tokens of the policies that keep a set number."),
+        typer.Option(min=0.01, max=1.0, help="Share of tokens of the policies that keep a set number; default 0.38."),
     ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Trainings that run at a time; default two on a CPU, one on a GPU.")

@@ -35,4 +35,4 @@ def read_table(source: Path, schema: Mapping[str, Any], remedy: str) -> pl.DataF
     if dict(table.schema) != dict(schema):
         different = sorted({name for name in {*table.schema, *schema} if table.schema.get(name) != schema.get(name)})
         raise PhotonError("TABLE_UNREADABLE", source, f"its columns differ in {', '.join(different)}.", remedy)
-    return table
+    return table.select(list(schema))

@@ -150,12 +150,12 @@ class _Run:
 
 
 def _local(jobs: list[ScanJob], num_workers: int) -> tuple[list[ScanJob], Runner]:
-    """Processes of this machine, or none where the work is small; few scans get the cores that are left over."""
-    if len(jobs) < FEW_JOBS and sum(_num_bytes(job.source.path) for job in jobs) < FEW_BYTES:
-        return jobs, _run_here
-    num_threads = min(MAX_THREADS, num_workers // len(jobs)) or 1
+    """Processes of this machine, or none where the work is small; scans get the cores that are left over."""
+    is_small = len(jobs) < FEW_JOBS and sum(_num_bytes(job.source.path) for job in jobs) < FEW_BYTES
+    num_at_once = 1 if is_small else min(len(jobs), num_workers)
+    num_threads = min(MAX_THREADS, num_workers // num_at_once)
     jobs = [dataclasses.replace(job, num_threads=num_threads) for job in jobs]
-    return jobs, functools.partial(run_in_processes, do_scan, num_workers=num_workers)
+    return jobs, _run_here if is_small else functools.partial(run_in_processes, do_scan, num_workers=num_workers)
 
 
 def _run_here(jobs: Sequence[ScanJob]) -> Iterator[tuple[ScanJob, Outcome | None]]:

@@ -46,9 +46,9 @@ class ScanJob:
     is_listed: bool = False
     """Whether the last manifest names a volume of this scan, so that its file is ours whatever it holds."""
     num_threads: int = 1
-    """That resample and pack: more than one where there are fewer scans than cores."""
+    """That resample and pack: more than one where there are cores to spare."""
     device: str | None = None
-    """Where torch resamples; None: compiled loops on the CPU do."""
+    """Where torch resamples, if it can; None: compiled loops on the CPU do."""
 
     @property
     def target(self) -> Path:
@@ -159,7 +159,7 @@ def _told(error: Exception, job: ScanJob) -> PhotonError:
     """
     if isinstance(error, PhotonError):
         return error
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+    if isinstance(error, MemoryError):
         fact = "there is not enough memory for it."
         return PhotonError("SCAN_TOO_LARGE", job.source.path, fact, "Crop it or use a larger machine.")
     place = traceback.extract_tb(error.__traceback__)[-1]

@@ -24,7 +24,7 @@ from pipelines.grids import (
     grid_spacing,
     is_aligned,
 )
-from pipelines.resample import IDENTITY, Mapping, resample_nearest, resample_scan, slab_makers
+from pipelines.resample import IDENTITY, Mapping, SlabMaker, resample_nearest, resample_scan, slab_makers
 from pipelines.scans.checks import BLANK_SCAN, range_notes
 from pipelines.scans.scan import Scan, read_scan
 from pipelines.volume_files import (
@@ -80,16 +80,23 @@ def store_scan(
     device: str | None = None,
 ) -> VolumeRecord:
     """The file that :func:`resample` and :func:`write_volume` make, with their errors, but slab by slab: the volume is
-    never held whole, unless torch resamples it on a device. The file depends on neither threads nor device."""
+    never held whole, unless torch resamples it on a device. The file depends on neither threads nor device, and where
+    the device is full or missing the CPU does it."""
     frame, mapping, metadata = _plan(scan, spec, modality)
-    if device is None:
-        makers = slab_makers(scan.array, scan.affine, frame, spec, mapping, num_makers=num_threads)
-    else:
-        from pipelines.resample_torch import resample_torch
-
-        voxels = resample_torch(scan.array, scan.affine, frame, spec, mapping, device).cpu().numpy()
-        makers = [slabs_of(voxels).__getitem__] * num_threads
+    makers = _torch_makers(scan, frame, spec, mapping, device) * num_threads if device else []
+    makers = makers or slab_makers(scan.array, scan.affine, frame, spec, mapping, num_makers=num_threads)
     return write_slabs(makers, grid_affine(frame, spec), spec, metadata | (more_metadata or {}), path)
+
+
+def _torch_makers(scan: Scan, frame: Frame, spec: VolumeSpec, mapping: Mapping, device: str) -> list[SlabMaker]:
+    """One maker, of slabs that torch has resampled; none where the device could not."""
+    from pipelines.resample_torch import resample_torch
+
+    try:
+        voxels = resample_torch(scan.array, scan.affine, frame, spec, mapping, device).cpu().numpy()
+    except (RuntimeError, AssertionError):  # out of memory; a PyTorch without CUDA
+        return []
+    return [slabs_of(voxels).__getitem__]
 
 
 def _plan(scan: Scan, spec: VolumeSpec, modality: str) -> tuple[Frame, Mapping, dict[str, Any]]:

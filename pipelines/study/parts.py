@@ -24,8 +24,6 @@ from pipelines.train_history import read_history
 from pipelines.train_spec import TrainSpec
 
 ANSWERS = "answers.parquet"
-VISION, WARM_UP = "vision", "warm-up"
-"""Names of the starts, before their seeds."""
 OTHER_CODE = tuple(f"pipelines/study/{name}.py" for name in ("variants", "analysis", "report", "sections", "figures"))
 """Settings, whose values are among a part's inputs, and what is made of finished parts: a change redoes no part."""
 log = logging.getLogger("photon.study")
@@ -44,8 +42,6 @@ class StudyParts:
     launch: Launch
     threads: int
     """Of computation, for each part."""
-    start_threads: int = 1
-    """The same for the starts, of which one a seed can be made at a time."""
     job: Job
     progress: SharedProgress = dataclasses.field(default_factory=lambda: SharedProgress(None, {}))
 
@@ -54,7 +50,7 @@ class StudyParts:
         steps = self.spec.lengths
         parts = [Part("regions", (), 5, self.regions)]
         for seed in self.spec.seeds:
-            vision, warm_up = f"{VISION}-seed-{seed}", f"{WARM_UP}-seed-{seed}"
+            vision, warm_up = f"vision-seed-{seed}", f"warm-up-seed-{seed}"
             parts += [
                 Part(vision, (), steps.naming, functools.partial(self.vision, vision, seed)),
                 Part(
@@ -99,6 +95,7 @@ class StudyParts:
                 work.make_vision_start,
                 {"spec": spec, "data": self.data, "folder": folder, "seed": seed, "device": self.device},
                 tracker,
+                is_start=True,
             )
             return VisionRecord(seed=seed, checkpoint=str(folder), num_steps=self.spec.lengths.naming, **found)
 
@@ -221,7 +218,8 @@ class StudyParts:
             "train_blind": train_blind,
             "device": self.device,
         }
-        return self._compute(name, span, work.train_model, arguments, tracker)
+        # The shared warm-up is what the text-only model is trained beside.
+        return self._compute(name, span, work.train_model, arguments, tracker, is_start=train_blind)
 
     def _answer(
         self,
@@ -251,11 +249,17 @@ class StudyParts:
         return self._compute(name, (0.95, 1.0), work.answer_questions, arguments, tracker)
 
     def _compute(
-        self, name: str, span: Span, function: Any, arguments: dict[str, Any], tracker: Tracker
+        self,
+        name: str,
+        span: Span,
+        function: Any,
+        arguments: dict[str, Any],
+        tracker: Tracker,
+        *,
+        is_start: bool = False,
     ) -> dict[str, Any]:
         on_progress = self.progress.of(name, span)
-        is_start = name.startswith((f"{VISION}-seed-", f"{WARM_UP}-seed-"))
-        threads = self.start_threads if is_start else self.threads
+        threads = max(self.threads, self.spec.start_threads) if is_start else self.threads
         found: dict[str, Any] = self.launch(
             function, arguments, tracker=tracker, on_progress=on_progress, threads=threads
         )

@@ -52,7 +52,7 @@ def run_study(
     Args:
         data: preprocessed data folder with questions in the splits train, val and ``spec.split``.
         workers: parts that run at a time, each in a process of its own.
-        threads: of computation, for each part; starts of fewer seeds than workers share all.
+        threads: of computation, for each part; the starts have at least those that the spec says.
         launch: how a part's computation is run.
         on_progress: called with steps done, steps in all and what is going on.
         tracking_uri: MLflow store; None is the environment's.
@@ -79,7 +79,6 @@ def run_study(
             device=device,
             launch=launch,
             threads=threads,
-            start_threads=max(threads, workers * threads // len(spec.seeds)),
             job=job,
         )
         parts = study.parts()

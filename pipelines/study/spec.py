@@ -106,6 +106,9 @@ class StudySpec:
     """Validation accuracy above the blind model's that ends the warm-up."""
     accumulate: int = 1
     """Micro-batches that a step's scans are dealt to."""
+    start_threads: int = 1
+    """Of computation, at least, for a seed's vision start and warm-up. A setting, as another number adds up in another
+    order."""
     save_every: int = 50
     split: str = "test"
     """Whose questions are answered in the end."""
@@ -245,6 +248,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "phantoms": "vqa-quick",
         "rare_subtypes": _RARE,
         "seeds": (0,),
+        "start_threads": 2,
         "draw": dataclasses.replace(_DRAW, questions_per_scan=16),
     },
     "small": {"phantoms": "vqa-small", "rare_subtypes": _RARE},

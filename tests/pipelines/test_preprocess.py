@@ -6,6 +6,7 @@ import gzip
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -156,6 +157,11 @@ def test_few_scans_share_the_cores_that_are_left_over(tmp_path: Path, monkeypatc
     for workers in (1, 5, 64):
         preprocess(tmp_path / "in", tmp_path / str(workers), SPEC, num_workers=workers)
     assert given == [[1, 1], [2, 2], [4, 4]]
+    monkeypatch.undo()
+    here_alone = Mock(side_effect=do_scan)
+    monkeypatch.setattr("pipelines.preprocess.do_scan", here_alone)
+    preprocess(tmp_path / "in", tmp_path / "alone", SPEC, num_workers=3)
+    assert [call.args[0].num_threads for call in here_alone.call_args_list] == [3, 3], "one small scan after another"
     for path in (tmp_path / "1").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "5" / path.name).read_bytes()
         assert path.read_bytes() == (tmp_path / "64" / path.name).read_bytes()

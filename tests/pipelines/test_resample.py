@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import tracemalloc
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -249,6 +250,17 @@ def test_torch_stores_the_same_file(device: str, tmp_path: Path) -> None:
         for name, place, num_threads in (("loops", None, 1), ("torch", device, 2)):
             store_scan(scan, SPEC, tmp_path / name, num_threads=num_threads, device=place)
         assert (tmp_path / "loops").read_bytes() == (tmp_path / "torch").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("full"), RuntimeError("no driver"), AssertionError("no CUDA")]
+)
+def test_the_cpu_does_what_a_gpu_cannot(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = as_scan(random_scan(np.random.default_rng(4), np.int16), np.eye(4), "ct")
+    store_scan(scan, SPEC, tmp_path / "cpu")
+    monkeypatch.setattr("pipelines.resample_torch.resample_torch", Mock(side_effect=error))
+    store_scan(scan, SPEC, tmp_path / "gpu", device="cuda")
+    assert (tmp_path / "cpu").read_bytes() == (tmp_path / "gpu").read_bytes()
 
 
 def test_values_of_other_types_and_scattered_memory_are_read_too() -> None:

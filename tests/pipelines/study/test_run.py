@@ -51,7 +51,7 @@ def test_what_a_study_leaves(whole: Path) -> None:
     assert str(whole) not in page and "http://" not in page.replace("http://www.w3.org", "")
 
 
-def test_starts_of_fewer_seeds_than_workers_get_the_threads_of_all(smoke_data: Path, tmp_path: Path) -> None:
+def test_starts_have_at_least_the_threads_that_the_spec_says(smoke_data: Path, tmp_path: Path) -> None:
     given: dict[str, int] = {}
 
     def launch(work: Any, arguments: Any, *, tracker: Any, on_progress: Any, threads: int) -> Any:
@@ -61,9 +61,11 @@ def test_starts_of_fewer_seeds_than_workers_get_the_threads_of_all(smoke_data: P
         return launch_here(work, arguments, tracker=tracker, on_progress=on_progress, threads=threads)
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    with pytest.raises(Killed):
-        run_study(SPEC, smoke_data, tmp_path / "study", workers=3, threads=2, launch=launch, tracking_uri=uri)
-    assert given == {"find_regions": 2, "make_vision_start": 6, "train_model": 6}
+    spec = dataclasses.replace(SPEC, start_threads=2)
+    for threads, of_starts in ((1, 2), (3, 3)):
+        with pytest.raises(Killed):
+            run_study(spec, smoke_data, tmp_path / f"{threads}", threads=threads, launch=launch, tracking_uri=uri)
+        assert given == {"find_regions": threads, "make_vision_start": of_starts, "train_model": of_starts}
 
 
 def test_variants_share_what_is_the_same_and_nothing_else(whole: Path) -> None:

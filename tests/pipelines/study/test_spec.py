@@ -86,6 +86,12 @@ def test_ablations_differ_from_photon_in_one_thing() -> None:
         assert set(variant.lengths) <= {field.name for field in dataclasses.fields(LENGTHS["small"])}
 
 
+def test_policies_with_a_set_number_keep_the_same_share() -> None:
+    variants = StudySpec.preset("small").variants
+    shares = {variant.policy: variant.pruning.get("keep_ratio") for variant in variants}
+    assert shares == {"photon": None, "all": None} | dict.fromkeys(("fixed", "fixed-blind", "slices", "pooled"), 0.38)
+
+
 def test_choices() -> None:
     spec = StudySpec.preset("small", seeds=[4], variants=["fixed", "photon"], precision="bfloat16", keep_ratio=0.5)
     assert spec.seeds == (4,)
