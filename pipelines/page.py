@@ -35,7 +35,7 @@ p { margin: 8px 0; max-width: 88ch; }
 .soft, figcaption, .note { color: var(--soft); }
 .note { font-style: italic; }
 nav { margin: 18px 0 0; font-size: 14px; }
-nav a { margin-right: 16px; white-space: nowrap; }
+nav a { display: inline-block; margin-right: 16px; white-space: nowrap; }
 a { color: var(--accent); text-decoration: none; }
 a:hover { text-decoration: underline; }
 code { font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
