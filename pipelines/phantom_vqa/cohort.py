@@ -50,7 +50,7 @@ PHANTOM_VQA_SPECS = {
     "vqa-quick": PhantomVqaSpec(
         num_train=240,
         num_val=24,
-        num_test=60,
+        num_test=80,
         volumes="vqa-small",
         in_plane_tenths_mm=(30, 38),
         slice_tenths_mm=(32, 44),

@@ -44,7 +44,7 @@ class Lengths:
 LENGTHS = {
     "smoke": Lengths(naming=4, blind=4, warm_up=6, soft=2, hard=4, flip_after=2, alignment=1, validate_every=3),
     "quick": Lengths(
-        naming=300, blind=60, warm_up=500, soft=60, hard=100, flip_after=60, alignment=20, validate_every=50
+        naming=300, blind=60, warm_up=500, soft=60, hard=120, flip_after=60, alignment=20, validate_every=50
     ),
     "small": Lengths(
         naming=600, blind=120, warm_up=900, soft=100, hard=160, flip_after=60, alignment=20, validate_every=50
@@ -249,7 +249,6 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "rare_subtypes": _RARE,
         "seeds": (0,),
         "start_threads": 2,
-        "draw": dataclasses.replace(_DRAW, questions_per_scan=16),
     },
     "small": {"phantoms": "vqa-small", "rare_subtypes": _RARE},
     "ablations": {"phantoms": "vqa-small", "rare_subtypes": _RARE},
