@@ -37,6 +37,15 @@ class PhantomVqaSpec:
     seed: int = 0
 
 
+_SMALL = PhantomVqaSpec(
+    num_train=400,
+    num_val=32,
+    num_test=200,
+    volumes="vqa-small",
+    in_plane_tenths_mm=(30, 38),
+    slice_tenths_mm=(32, 44),
+)
+
 PHANTOM_VQA_SPECS = {
     "vqa-smoke": PhantomVqaSpec(
         num_train=8,
@@ -47,22 +56,8 @@ PHANTOM_VQA_SPECS = {
         slice_tenths_mm=(56, 64),
         rare_fraction=0.25,
     ),
-    "vqa-quick": PhantomVqaSpec(
-        num_train=240,
-        num_val=24,
-        num_test=80,
-        volumes="vqa-small",
-        in_plane_tenths_mm=(30, 38),
-        slice_tenths_mm=(32, 44),
-    ),
-    "vqa-small": PhantomVqaSpec(
-        num_train=400,
-        num_val=32,
-        num_test=200,
-        volumes="vqa-small",
-        in_plane_tenths_mm=(30, 38),
-        slice_tenths_mm=(32, 44),
-    ),
+    "vqa-quick": dataclasses.replace(_SMALL, num_train=240, num_val=24, num_test=80),
+    "vqa-small": _SMALL,
     "vqa-medium": PhantomVqaSpec(
         num_train=480,
         num_val=32,
