@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +29,23 @@ def choose_device(name: str) -> torch.device:
         remedy = "Use auto or cpu, or install a driver and a PyTorch for CUDA."
         raise PhotonError("GPU_UNAVAILABLE", name, fact, remedy)
     return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
+
+
+@contextlib.contextmanager
+def sums_in_order(device: torch.device) -> Iterator[None]:
+    """On the CPU, add up rows of one index in a fixed order. With several threads PyTorch otherwise adds as they come,
+    and the same training from the same seed ends in other weights. GPUs are left as they are set."""
+    if device.type != "cpu" or torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    was_filling = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging, and takes time
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = was_filling
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from photon.checkpoint import load_tensors, restore_weights, settle_folder
+from photon.device import sums_in_order
 from photon.errors import PhotonError
 from photon.model.network import Photon
 from photon.training.divergence import LossWatch, refuse_bad_weights, refuse_not_finite
@@ -208,7 +209,8 @@ class Trainer:
     def _backward(self, item: TrainingBatch, stage: Stage, step: int, weight: float, *, is_last: bool) -> StepResult:
         """Add the gradient of a micro-batch, its mean over branches times ``weight``."""
         assert self.shell is not None
-        with naming(item.names, f"step {step}"), self.ranks.accumulating(self.shell, is_last):
+        ordered = sums_in_order(self.device)
+        with naming(item.names, f"step {step}"), self.ranks.accumulating(self.shell, is_last), ordered:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
                 loss, result = self.shell(_loss, item.to(self.device), stage)
             (loss * weight).backward()

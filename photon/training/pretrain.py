@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from photon.config import VisionConfig
+from photon.device import sums_in_order
 from photon.grid import Grid, token_boxes
 from photon.model.vision import VisionTower
 
@@ -110,7 +111,8 @@ def pretrain_vision(
         tokens = F.rms_norm(tower(batch.patches, batch.grids, batch.present), (tower.config.out_hidden_size,))
         loss = F.binary_cross_entropy_with_logits(head(tokens), batch.targets, pos_weight=weight)
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        with sums_in_order(device):
+            loss.backward()
         nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
         optimiser.step()
         on_step(step, float(loss.detach()))

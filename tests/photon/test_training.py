@@ -14,6 +14,7 @@ from torch import Tensor
 
 from photon.checkpoint import read_model
 from photon.config import POLICIES
+from photon.device import sums_in_order
 from photon.errors import PhotonError
 from photon.testing import micro_config, micro_model, random_branch, random_context, training_batch
 from photon.training.loop import StepReport, Trainer
@@ -330,3 +331,31 @@ def test_every_policy_trains_through_every_stage_and_resumes(tmp_path: Path, pol
     rest.run(reduced_batch, on_step=stop_after(99, again))
     assert again == losses and len(losses) == 9
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(rest).items())
+
+
+def test_rows_are_added_up_in_a_fixed_order_on_the_cpu() -> None:
+    """With several threads the order of additions is anybody's otherwise, and no seed gives the same weights twice."""
+    trainer, seen = new_trainer(), []
+    for parameter in trainer.model.parameters():
+        parameter.register_hook(lambda gradient: seen.append(torch.are_deterministic_algorithms_enabled()))
+    with pytest.raises(Stop):
+        trainer.run(batch_at, on_step=stop_after(2, []))
+    assert seen and all(seen)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_gradients_of_repeated_rows_are_the_same_every_time() -> None:
+    index = torch.randint(0, 50, (20_000,), generator=torch.Generator().manual_seed(0))
+    factor = torch.randn(20_000, 64, generator=torch.Generator().manual_seed(1))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        found = []
+        for _ in range(6):
+            rows = torch.ones(50, 64, requires_grad=True)
+            with sums_in_order(torch.device("cpu")):
+                (rows[index] * factor).sum().backward()
+            found.append(rows.grad)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradient, found[0]) for gradient in found)
