@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections.abc import Callable
 from typing import Any, Self, cast
 
 import numpy as np
@@ -26,6 +27,9 @@ from photon.errors import PhotonError
 
 PATCH = 14
 """Edge of a patch in voxels; in plane two patches are merged, so Y and X are multiples of 28."""
+
+SlabMaker = Callable[[int], np.ndarray]
+"""Number of a slab of `PATCH` planes of a volume, from below -> its int16 [planes, Y, X]."""
 
 ALIGNED_WITHIN_DEG = 0.25
 """Scans tilted less than this are read along their own axes, at most 0.8 mm off 180 mm from the centre."""

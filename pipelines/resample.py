@@ -17,6 +17,7 @@ from pipelines.grids import (
     PATCH,
     VOLUME_SPECS,
     Frame,
+    SlabMaker,
     Taps,
     VolumeSpec,
     aligned_taps,
@@ -41,9 +42,6 @@ class Mapping:
 
 IDENTITY = Mapping()
 
-SlabMaker = Callable[[int], np.ndarray]
-"""Number of a slab of 14 planes -> its int16 [planes, Y, X]."""
-
 
 def resample_scan(
     array: np.ndarray, affine: np.ndarray, frame: Frame, spec: VolumeSpec, mapping: Mapping = IDENTITY
@@ -59,7 +57,7 @@ def resample_scan(
         int16 [Z, Y, X], rounded to even, within the spec's window; its padding outside the scan's field of view.
     """
     out = np.empty(spec.shape, np.int16)
-    _reader(array, affine, frame, spec, mapping)(0, out)
+    _reader(_readable(array), affine, frame, spec, mapping)(0, out)
     return out
 
 
@@ -78,8 +76,7 @@ def slab_makers(
         Functions for as many threads. Each makes any slab, by its number from below, in memory of its own that its
         next call overwrites.
     """
-    if array.dtype not in (np.int16, np.float32):
-        array = array.astype(np.float32)
+    array = _readable(array)
     return [_slab_maker(_reader(array, affine, frame, spec, mapping), spec) for _ in range(num_makers)]
 
 
@@ -121,14 +118,17 @@ def memory_of(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return array.reshape(-1, order="A"), steps
 
 
+def _readable(array: np.ndarray) -> np.ndarray:
+    """The values as the compiled loops read them."""
+    return array if array.dtype in (np.int16, np.float32) else array.astype(np.float32)
+
+
 def _reader(
     array: np.ndarray, affine: np.ndarray, frame: Frame, spec: VolumeSpec, mapping: Mapping
 ) -> Callable[[int, np.ndarray], None]:
     """The function that fills int16 [planes, Y, X] with planes of the grid from a given one on."""
     from pipelines.resample_kernels import linear_points
 
-    if array.dtype not in (np.int16, np.float32):
-        array = array.astype(np.float32)
     flat, steps = memory_of(array)
     low, high = spec.window_hu
     limits = np.array([low, high, min(max(spec.pad_hu, low), high)], np.float32)

@@ -18,8 +18,7 @@ import numpy as np
 
 from photon.errors import PhotonError
 from pipelines.files import atomic_path
-from pipelines.grids import VolumeSpec
-from pipelines.resample import SlabMaker
+from pipelines.grids import SlabMaker, VolumeSpec
 from pipelines.voxel_codec import MAX_PACKED_BYTES, num_slabs_of, pack_slabs, slabs_of, unpack
 
 METADATA_KEY = "photon"

@@ -17,6 +17,7 @@ from pipelines.grids import (
     ALIGNED_WITHIN_DEG,
     VOLUME_SPECS,
     Frame,
+    SlabMaker,
     VolumeSpec,
     body_middle,
     frame_of,
@@ -24,7 +25,7 @@ from pipelines.grids import (
     grid_spacing,
     is_aligned,
 )
-from pipelines.resample import IDENTITY, Mapping, SlabMaker, resample_nearest, resample_scan, slab_makers
+from pipelines.resample import IDENTITY, Mapping, resample_nearest, resample_scan, slab_makers
 from pipelines.scans.checks import BLANK_SCAN, range_notes
 from pipelines.scans.scan import Scan, read_scan
 from pipelines.volume_files import (

@@ -15,8 +15,7 @@ from types import ModuleType
 
 import numpy as np
 
-from pipelines.grids import PATCH
-from pipelines.resample import SlabMaker
+from pipelines.grids import PATCH, SlabMaker
 
 LEVEL = 5
 BLOCK_BYTES = 1 << 17

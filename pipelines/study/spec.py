@@ -15,7 +15,8 @@ from pipelines.phantom_vqa.cohort import RARE_FINDINGS
 from pipelines.study.variants import DISTILLED, Variant, ablations, policies
 from pipelines.train_spec import WHOLE_PROBABILITY, TrainSpec
 
-QUICK_VARIANTS = ("photon", "all", "fixed-blind")
+CHOSEN = {"quick": ("photon", "all", "fixed-blind")}
+"""Variants of the presets that do not have all of them."""
 PRESETS = ("quick", "small", "medium", "full", "real", "ablations", "smoke")
 
 
@@ -146,8 +147,7 @@ class StudySpec:
         lengths = LENGTHS["small" if name == "ablations" else name]
         known = ablations(lengths.soft, lengths.hard) if name == "ablations" else policies(keep_ratio)
         names = [variant.name for variant in known]
-        if name == "quick" and variants is None:
-            variants = QUICK_VARIANTS
+        variants = CHOSEN.get(name) if variants is None else variants
         for variant in variants or ():
             if variant not in names:
                 raise PhotonError(

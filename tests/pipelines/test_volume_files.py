@@ -17,8 +17,7 @@ from safetensors.numpy import load_file
 from photon.errors import PhotonError
 from pipelines import volume_files
 from pipelines.files import write_bytes
-from pipelines.grids import PATCH, VolumeSpec
-from pipelines.resample import SlabMaker
+from pipelines.grids import PATCH, SlabMaker, VolumeSpec
 from pipelines.volume_files import (
     Volume,
     read_volume,
