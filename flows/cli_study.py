@@ -27,8 +27,8 @@ def study(
     preset: Annotated[
         str,
         typer.Option(
-            help="quick (a quarter of an hour on two cores), small (hours), medium, full (wants a GPU), real, "
-            "ablations or smoke."
+            help="quick (ten minutes on two cores), small (hours), medium, full (wants a GPU), real, ablations (photon "
+            "with one thing different each) or smoke."
         ),
     ] = "small",
     seeds: Annotated[str | None, typer.Option(help="Seeds, e.g. 0,1,2; default the preset's.")] = None,

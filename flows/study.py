@@ -32,11 +32,11 @@ def study_flow(
     """Token policies trained side by side. Returns the path of ``study.json``.
 
     Args:
-        preset: ``small``, ``medium``, ``full``, ``real``, ``ablations`` or ``smoke``. data: preprocessed data folder.
-        output: folder of the results; a repeated call goes on where the last one stopped. seeds, variants: others than
-        the preset's. keep_ratio: share of tokens of the policies that keep a set number. workers: trainings that run at
-        a time. device: ``auto``, ``cpu`` or ``cuda``. precision: ``float32`` or ``bfloat16``. is_fresh: repeat parts
-        that are finished and unchanged.
+        preset: ``quick``, ``small``, ``medium``, ``full``, ``real``, ``ablations`` or ``smoke``. data: preprocessed
+        data folder. output: folder of the results; a repeated call goes on where the last one stopped. seeds, variants:
+        others than the preset's. keep_ratio: share of tokens of the policies that keep a set number. workers: trainings
+        that run at a time. device: ``auto``, ``cpu`` or ``cuda``. precision: ``float32`` or ``bfloat16``. is_fresh:
+        repeat parts that are finished and unchanged.
     """
     with show_progress("study") as on_progress:
         result = run_preset(

@@ -74,9 +74,11 @@ def _do(work: _Work) -> list[Question]:
     scan = make_scan(subject, work.spec)
     write_scan(scan.hu, scan.affine, work.raw / "images" / f"{subject.scan_id}.nii")
     write_scan(scan.labels, scan.affine, work.raw / "labels" / f"{subject.scan_id}.nii")
-    return questions_about(
+    questions = questions_about(
         scan.hu, scan.labels, scan.affine, scan_id=subject.scan_id, split=subject.split, asked=subject.asked
     )
+    chosen = work.spec.subtypes
+    return [question for question in questions if chosen is None or question.subtype in chosen]
 
 
 def _scans_table(subjects: list[Subject]) -> str:

@@ -45,7 +45,7 @@ class Lengths:
 LENGTHS = {
     "smoke": Lengths(naming=4, blind=4, warm_up=6, soft=2, hard=4, flip_after=2, alignment=1, validate_every=3),
     "quick": Lengths(
-        naming=300, blind=60, warm_up=500, soft=60, hard=120, flip_after=60, alignment=20, validate_every=50
+        naming=450, blind=60, warm_up=450, soft=60, hard=120, flip_after=60, alignment=20, validate_every=25
     ),
     "small": Lengths(
         naming=600, blind=120, warm_up=900, soft=100, hard=160, flip_after=60, alignment=20, validate_every=50
@@ -60,7 +60,7 @@ LENGTHS = {
         naming=200, blind=80, warm_up=200, soft=40, hard=80, flip_after=30, alignment=20, validate_every=20
     ),
 }
-"""The one table of lengths. The ablations take those of "small"."""
+"""The one table of lengths. The ablations take those of "quick"."""
 
 _OPTIMISER = OptimiserConfig(
     learning_rate=3e-3, vision_learning_rate=5e-4, alignment_learning_rate=1e-4, weight_decay=0.01
@@ -144,7 +144,7 @@ class StudySpec:
         if name not in PRESETS:
             fact, remedy = "there is no such study.", f"Choose one of: {', '.join(PRESETS)}."
             raise PhotonError("PRESET_UNKNOWN", name, fact, remedy)
-        lengths = LENGTHS["small" if name == "ablations" else name]
+        lengths = LENGTHS["quick" if name == "ablations" else name]
         known = ablations(lengths.soft, lengths.hard) if name == "ablations" else policies(keep_ratio)
         names = [variant.name for variant in known]
         variants = CHOSEN.get(name) if variants is None else variants
@@ -234,6 +234,13 @@ class StudySpec:
 
 
 _RARE = tuple(f"{name} existence" for name in RARE_FINDINGS)
+_QUICK: dict[str, Any] = {
+    "phantoms": "vqa-quick",
+    "draw": dataclasses.replace(_DRAW, questions_per_scan=12),
+    "margin": 0.28,
+    "start_threads": 2,
+}
+"""Shared, so that ablations go on from the starts of a quick study in the same folder."""
 _SETTINGS: dict[str, dict[str, Any]] = {
     "smoke": {
         "phantoms": "vqa-smoke",
@@ -244,14 +251,9 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "naming_scans_per_step": 2,
         "save_every": 2,
     },
-    "quick": {
-        "phantoms": "vqa-quick",
-        "rare_subtypes": _RARE,
-        "seeds": (0,),
-        "start_threads": 2,
-    },
+    "quick": {**_QUICK, "seeds": (0,)},
+    "ablations": _QUICK,
     "small": {"phantoms": "vqa-small", "rare_subtypes": _RARE},
-    "ablations": {"phantoms": "vqa-small", "rare_subtypes": _RARE},
     "medium": {"phantoms": "vqa-medium", "rare_subtypes": _RARE},
     "full": {
         "phantoms": "vqa-full",

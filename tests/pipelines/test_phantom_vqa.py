@@ -120,6 +120,16 @@ def test_rare_findings_are_asked_of_the_planned_patients_alone(cohort: list[tupl
         assert {q.organ for q in questions if q.organ in RARE_FINDINGS} == set(subject.asked)
 
 
+def test_a_benchmark_may_ask_some_subtypes_only(tmp_path: Path, archive: Path) -> None:
+    chosen = PHANTOM_VQA_SPECS["vqa-quick"].subtypes
+    assert chosen is not None
+    everything = read_questions(archive / "questions.jsonl")
+    assert set(chosen) <= {question.subtype for question in everything}
+    generate(dataclasses.replace(SMOKE, subtypes=chosen), tmp_path, num_workers=1)
+    some = read_questions(tmp_path / "questions.jsonl")
+    assert some == [question for question in everything if question.subtype in chosen]
+
+
 def test_rare_findings_lie_outside_the_organs_and_at_many_heights() -> None:
     spec = dataclasses.replace(COARSE, num_train=40, num_val=1, num_test=1)
     subjects = [subject for subject in plan_cohort(spec)[:40]]

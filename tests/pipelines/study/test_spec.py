@@ -107,6 +107,11 @@ def test_the_quick_study_is_one_seed_and_three_policies_unless_others_are_asked_
     assert [variant.name for variant in StudySpec.preset("quick", variants=["slices"]).variants] == ["slices"]
 
 
+def test_ablations_go_on_from_what_a_quick_study_left() -> None:
+    quick, ablations = (StudySpec.preset(name, seeds=[0], variants=["photon"]) for name in ("quick", "ablations"))
+    assert dataclasses.replace(quick, name="ablations") == ablations
+
+
 def test_unknown_names_are_refused() -> None:
     for code, call in (
         ("PRESET_UNKNOWN", lambda: StudySpec.preset("large")),
