@@ -1,6 +1,6 @@
 """Do the surrogate gradients push the right way? Leave-one-out losses of a trained study against both rules.
 
-    python benchmarks/bench_surrogate.py out/study --data data
+    python benchmarks/bench_surrogate.py out/quick --data out/vqa-quick --seeds 0,1,2
 
 For a sample of test questions, in hard mode as in training: by how much the loss of the answer really changes when one
 kept token is removed or one dropped token is added, and what gradient each rule gives that token's keep probability.
@@ -51,26 +51,27 @@ def main() -> None:
     """Measure and write ``results/surrogate.json``."""
     arguments = parse()
     if not (arguments.study / "study.json").exists():
-        print(f"{arguments.study} holds no study; `photon study --output {arguments.study}` makes one.")
+        print(f"{arguments.study} holds no study; `photon study --preset quick --output {arguments.study}` makes one.")
         return
-    model = read_model(arguments.study / f"seed-{arguments.seed}" / arguments.variant / "train" / "checkpoint")
-    prompter = Prompter.read(arguments.study / f"seed-{arguments.seed}" / "vision" / TOKENIZER)
-    scans = read_split(arguments.data, "test")
-    started, rows = time.perf_counter(), []
-    for scan, question in sample(scans, arguments.questions):
-        rows.append(measure_question(model, prompter, scan, question, arguments.tokens))
+    scans, started = read_split(arguments.data, "test"), time.perf_counter()
+    by_seed: dict[int, list[dict[str, Any]]] = {}
+    for seed in arguments.seeds:
+        folder = arguments.study / f"seed-{seed}"
+        model = read_model(folder / arguments.variant / "train" / "checkpoint")
+        prompter = Prompter.read(folder / "vision" / TOKENIZER)
+        by_seed[seed] = [
+            measure_question(model, prompter, scan, question, arguments.tokens)
+            for scan, question in sample(scans, arguments.questions)
+        ]
+        print(f"seed {seed}: {len(by_seed[seed])} questions measured", flush=True)
     write_results(
         arguments.name,
         {
             "study": arguments.study.name,
             "variant": arguments.variant,
-            "seed": arguments.seed,
             "trained_with_rule": model.config.pruning.sgp_rule,
-            "num_questions": len(rows),
-            "tokens_removed": int(sum(len(row["removal"]) for row in rows)),
-            "tokens_added": int(sum(len(row["addition"]) for row in rows)),
-            "mean_loss": float(np.mean([row["loss"] for row in rows])),
-            **summarise(rows),
+            **summarise([row for rows in by_seed.values() for row in rows]),
+            "by_seed": {seed: summarise(rows) for seed, rows in by_seed.items()},
             "seconds": time.perf_counter() - started,
         },
     )
@@ -80,15 +81,20 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "study", type=Path, nargs="?", default=Path("out/study"), help="output folder of `photon study`"
+        "study", type=Path, nargs="?", default=Path("out/quick"), help="output folder of `photon study`"
     )
-    parser.add_argument("--data", type=Path, default=Path("out/vqa-small"), help="the study's data folder")
+    parser.add_argument("--data", type=Path, default=Path("out/vqa-quick"), help="the study's data folder")
     parser.add_argument("--variant", default="photon")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--questions", type=int, default=240, help="how many test questions")
+    parser.add_argument("--seeds", type=numbers, default=[0], help="whose models, e.g. 0,1,2; together and each alone")
+    parser.add_argument("--questions", type=int, default=240, help="how many test questions, of each model")
     parser.add_argument("--tokens", type=int, default=128, help="most tokens removed, and most added, of each")
     parser.add_argument("--name", default="surrogate", help="of the results file")
     return parser.parse_args()
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers between commas."""
+    return [int(part) for part in text.split(",")]
 
 
 def sample(scans: list[LabelledScan], count: int) -> list[tuple[LabelledScan, Question]]:
@@ -218,6 +224,10 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
             }
     truth = np.array([row["more_is_better"] for row in rows])
     return {
+        "num_questions": len(rows),
+        "tokens_removed": int(sum(len(row["removal"]) for row in rows)),
+        "tokens_added": int(sum(len(row["addition"]) for row in rows)),
+        "mean_loss": float(np.mean([row["loss"] for row in rows])),
         "rules": found,
         "share_of_kept_tokens_needed": float(np.mean(np.concatenate([row["removal"] for row in rows]) > NOISE)),
         "share_of_dropped_tokens_missed": float(np.mean(np.concatenate([row["addition"] for row in rows]) > NOISE)),
