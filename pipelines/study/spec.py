@@ -45,7 +45,7 @@ class Lengths:
 LENGTHS = {
     "smoke": Lengths(naming=4, blind=4, warm_up=6, soft=2, hard=4, flip_after=2, alignment=1, validate_every=3),
     "quick": Lengths(
-        naming=450, blind=60, warm_up=600, soft=100, hard=200, flip_after=60, alignment=20, validate_every=25
+        naming=450, blind=60, warm_up=450, soft=100, hard=200, flip_after=60, alignment=20, validate_every=25
     ),
     "small": Lengths(
         naming=600, blind=120, warm_up=900, soft=100, hard=160, flip_after=60, alignment=20, validate_every=50
@@ -237,7 +237,7 @@ _RARE = tuple(f"{name} existence" for name in RARE_FINDINGS)
 _QUICK: dict[str, Any] = {
     "phantoms": "vqa-quick",
     "draw": dataclasses.replace(_DRAW, questions_per_scan=12),
-    "margin": 0.34,
+    "margin": 0.3,
     "start_threads": 2,
 }
 """Shared, so that ablations go on from the starts of a quick study in the same folder."""
