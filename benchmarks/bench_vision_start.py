@@ -25,7 +25,8 @@ from photon.checkpoint import read_model
 from photon.grid import grid_of
 from photon.model.network import Photon
 from photon.training.pretrain import token_labels
-from pipelines.dataset import NamingSource, read_split, volume_patches
+from pipelines.dataset import read_split, volume_patches
+from pipelines.naming import NamingSource
 from pipelines.volumes import resample_labels
 
 PROBE_STEPS = 400

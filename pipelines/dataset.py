@@ -15,18 +15,17 @@ from torch import Tensor
 
 from photon.config import PhotonConfig
 from photon.errors import PhotonError
-from photon.grid import Grid, grid_of, num_visual_tokens, occupied_tokens, patch_rows, patchify
+from photon.grid import Grid, num_visual_tokens, patchify
 from photon.model.contexts import encoded, reduced
 from photon.model.packing import IGNORE_INDEX, Branch, Context, pack_batch
 from photon.model.vision import VisionTower
 from photon.training.faults import naming
 from photon.training.perturb import draw_kind, perturb
-from photon.training.pretrain import NamingBatch, token_labels
 from photon.training.step import TrainingBatch
 from pipelines.manifest import MANIFEST_NAME, read_manifest
 from pipelines.questions import Question, read_questions
 from pipelines.text import Prompter
-from pipelines.volumes import Volume, normalise, read_volume, resample_labels
+from pipelines.volumes import Volume, normalise, read_volume
 
 
 @dataclass(frozen=True)
@@ -278,52 +277,6 @@ def _without_moves(draw: Draw, tower: VisionTower | None) -> Draw:
         fact = f"volumes move by up to {draw.max_shift} voxels, and a frozen vision tower encodes a scan only once."
         raise PhotonError("CONFIG_INVALID", "max_shift", fact, "Set it to (0, 0, 0), or let the tower learn.")
     return draw
-
-
-class NamingSource:
-    """Batches for vision pretraining: volumes and which structures of their label maps each visual token holds."""
-
-    MIN_FRACTION = 0.01
-    """Share of a token's box that a structure must fill to be named."""
-
-    def __init__(
-        self, scans: Sequence[LabelledScan], labels: Path, config: PhotonConfig, *, scans_per_step: int, seed: int
-    ) -> None:
-        """Read the label maps ``<scan_id>.nii`` of the scans from the folder ``labels``."""
-        self.scans, self.config, self.scans_per_step, self.seed = scans, config, scans_per_step, seed
-        self._labels = [
-            resample_labels(labels / f"{scan.questions[0].scan_id}.nii", scan.volume.spec, scan.volume.affine)
-            for scan in scans
-        ]
-        self.num_labels = 1 + max(int(label_map.max()) for label_map in self._labels)
-
-    def frequencies(self) -> Tensor:
-        """Share of visual tokens that hold each structure: float [K]."""
-        vision = self.config.vision
-        return torch.stack(
-            [self._targets(label_map, grid_of(label_map.shape, vision)).mean(0) for label_map in self._labels]
-        ).mean(0)
-
-    def _targets(self, label_map: np.ndarray, grid: Grid) -> Tensor:
-        return token_labels(torch.from_numpy(label_map), grid, self.config.vision, self.num_labels, self.MIN_FRACTION)
-
-    def batch(self, step: int, max_shift: tuple[int, int, int]) -> NamingBatch:
-        """Batch of a step, volumes and labels moved together by up to ``max_shift`` voxels."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        vision = self.config.vision
-        patches, grids, present, targets, num_tokens = [], [], [], [], 0
-        for index in torch.randperm(len(self.scans), generator=generator)[: self.scans_per_step].tolist():
-            volume, shift = self.scans[index].volume, draw_shift(max_shift, generator)
-            moved = normalise(shifted(volume.voxels, shift, volume.spec.window_hu[0]), volume.spec.window_hu)
-            cut, grid = patchify(torch.from_numpy(moved), vision)
-            label_map = shifted(self._labels[index], shift, 0)
-            own = occupied_tokens(cut, vision)
-            patches.append(cut[patch_rows(own, vision)])
-            grids.append(grid)
-            present.append(own + num_tokens)
-            targets.append(self._targets(label_map, grid)[own])
-            num_tokens += num_visual_tokens(grid, vision)
-        return NamingBatch(torch.cat(patches), tuple(grids), torch.cat(targets), torch.cat(present))
 
 
 def draw_shift(limits: tuple[int, int, int], generator: torch.Generator) -> tuple[int, ...]:

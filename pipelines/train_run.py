@@ -24,7 +24,8 @@ from photon.training.pretrain import pretrain_vision
 from photon.training.stages import MODES, Curriculum, Stage, StageSchedule, WarmUpSwitch
 from photon.training.step import TrainingBatch
 from photon.training.working import write_note
-from pipelines.dataset import BatchSource, Draw, LabelledScan, NamingSource
+from pipelines.dataset import BatchSource, Draw, LabelledScan
+from pipelines.naming import NamingSource
 from pipelines.start import Start
 from pipelines.tracking import Tracker
 from pipelines.train_history import append_row, history_row, truncate_history

@@ -12,7 +12,8 @@ from photon.checkpoint import read_model, replace_folder, write_model
 from photon.device import choose_device
 from photon.model.network import LAST_THRESHOLD_BIAS, Photon
 from photon.training.pretrain import pretrain_vision
-from pipelines.dataset import NamingSource, read_split
+from pipelines.dataset import read_split
+from pipelines.naming import NamingSource
 from pipelines.start import start_from_scratch
 from pipelines.study.spec import StudySpec
 from pipelines.text import TOKENIZER, Prompter

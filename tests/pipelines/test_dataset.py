@@ -20,13 +20,13 @@ from pipelines.dataset import (
     BatchSource,
     Draw,
     LabelledScan,
-    NamingSource,
     draw_shift,
     read_split,
     scan_context,
     shifted,
     volume_patches,
 )
+from pipelines.naming import NamingSource
 from pipelines.text import Prompter, build_tokenizer
 
 DRAW = Draw(scans_per_step=2, questions_per_scan=3, max_shift=(2, 3, 4), robust_probability=0.5, flip_probability=0.5)
