@@ -8,6 +8,9 @@ from typing import Any
 from pipelines.page import Markup, join, tag
 from pipelines.report_evaluation import interval_text, minus, percent
 
+Content = Mapping[str, Any]
+"""What a study found, as ``study.json`` has it."""
+
 
 def card(name: str, score: Mapping[str, Any], class_: str = "card") -> Markup:
     """A number with its interval, for the top of the page."""
@@ -20,9 +23,9 @@ def card(name: str, score: Mapping[str, Any], class_: str = "card") -> Markup:
     )
 
 
-def seed_values(score: Mapping[str, Any]) -> str:
-    """The value of every seed, in percent."""
-    return ", ".join(f"{100 * value:.1f}" for value in score["by_seed"])
+def seed_values(score: Mapping[str, Any], form: str = ".1f") -> str:
+    """The value of every seed, in percent or points."""
+    return minus(", ".join(f"{100 * value:{form}}" for value in score["by_seed"]))
 
 
 def points(score: Mapping[str, Any] | None) -> Markup:
@@ -47,3 +50,8 @@ def p_value(test: Mapping[str, Any] | None) -> str:
         return "–"
     least = 1 / (1 + test["num_permutations"])
     return f"≤ {least:.4f}" if test["p_value"] <= least else f"{test['p_value']:.3f}"
+
+
+def region_of(content: Content, variant: str) -> Mapping[str, Any] | None:
+    """Shares of the region asked about over all questions; None where nothing tells where things are."""
+    return next((entry for entry in content["regions"].get(variant, []) if entry["group"] == "all"), None)

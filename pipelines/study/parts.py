@@ -24,7 +24,10 @@ from pipelines.train_history import read_history
 from pipelines.train_spec import TrainSpec
 
 ANSWERS = "answers.parquet"
-OTHER_CODE = tuple(f"pipelines/study/{name}.py" for name in ("variants", "analysis", "report", "sections", "figures"))
+OTHER_CODE = tuple(
+    f"pipelines/study/{name}.py"
+    for name in ("variants", "analysis", "report", "sections", "looking_sections", "cells", "figures")
+)
 """Settings, whose values are among a part's inputs, and what is made of finished parts: a change redoes no part."""
 log = logging.getLogger("photon.study")
 
@@ -48,16 +51,18 @@ class StudyParts:
     def parts(self) -> list[Part]:
         """All of them, each after those that it needs."""
         steps = self.spec.lengths
+        width = -(-self._start_threads // self.threads)
         parts = [Part("regions", (), 5, self.regions)]
         for seed in self.spec.seeds:
             vision, warm_up = f"vision-seed-{seed}", f"warm-up-seed-{seed}"
             parts += [
-                Part(vision, (), steps.naming, functools.partial(self.vision, vision, seed)),
+                Part(vision, (), steps.naming, functools.partial(self.vision, vision, seed), width),
                 Part(
                     warm_up,
                     ("regions", vision),
                     steps.warm_up + steps.blind,
                     functools.partial(self.warm_up, warm_up, vision, seed),
+                    width,
                 ),
             ]
             for variant in self.spec.variants:
@@ -66,6 +71,10 @@ class StudyParts:
                 run = functools.partial(self.variant, name, vision, warm_up, variant, seed)
                 parts.append(Part(name, ("regions", vision, warm_up), own + steps.soft + steps.hard, run))
         return parts
+
+    @property
+    def _start_threads(self) -> int:
+        return max(self.threads, self.spec.start_threads)
 
     def regions(self, _known: Mapping[str, Record]) -> RegionsRecord:
         """What the questions ask about."""
@@ -259,7 +268,7 @@ class StudyParts:
         is_start: bool = False,
     ) -> dict[str, Any]:
         on_progress = self.progress.of(name, span)
-        threads = max(self.threads, self.spec.start_threads) if is_start else self.threads
+        threads = self._start_threads if is_start else self.threads
         found: dict[str, Any] = self.launch(
             function, arguments, tracker=tracker, on_progress=on_progress, threads=threads
         )

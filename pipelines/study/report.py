@@ -17,9 +17,10 @@ from pipelines.provenance import code_version, environment_tags
 from pipelines.questions import read_questions
 from pipelines.report_pictures import question_gallery
 from pipelines.results import Record
-from pipelines.study import sections
+from pipelines.study import looking_sections, sections
 from pipelines.study.analysis import BASELINES, analyse
 from pipelines.study.answer_table import STUDY_SCHEMA, TRAINED, asked_columns, read_study_answers
+from pipelines.study.cells import Content, region_of
 from pipelines.study.records import RunRecord, WarmUpRecord
 from pipelines.study.region_table import REGIONS, read_regions
 from pipelines.study.spec import StudySpec
@@ -65,9 +66,7 @@ def write_study(spec: StudySpec, data: Path, output: Path, records: Mapping[str,
     return target
 
 
-def _page(
-    content: Mapping[str, Any], answers: pl.DataFrame, histories: Mapping[str, list[sections.History]], data: Path
-) -> str:
+def _page(content: Content, answers: pl.DataFrame, histories: Mapping[str, list[sections.History]], data: Path) -> str:
     own = answers.filter(variant=content["main"], seed=content["questions"]["seeds"][0], condition=TRAINED)
     # The gallery knows the table of an evaluation, where the policy that prunes is called so.
     pictures = question_gallery(own.filter(pl.col("kept").is_not_null()).with_columns(policy=pl.lit("photon")), data)
@@ -79,8 +78,8 @@ def _page(
     body = [
         ("In short", sections.headline(content)),
         ("Policies", sections.policies(content)),
-        ("Where it looks", sections.looking(content)),
-        ("What if it looked elsewhere", sections.what_if(content)),
+        ("Where it looks", looking_sections.looking(content)),
+        ("What if it looked elsewhere", looking_sections.what_if(content)),
         ("The same scan, several questions", pictures),
         ("Tokens by question", sections.amounts(content, answers)),
         ("Findings", sections.findings(content)),
@@ -104,14 +103,14 @@ def _histories(runs: Sequence[RunRecord], warm_ups: Sequence[WarmUpRecord]) -> d
     return found
 
 
-def table_of(content: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def table_of(content: Content) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The result in short, for people: a heading and one row a policy."""
     header = ("policy", "right, %", "95 % interval", "tokens", "of the region asked about, %", "of all, %")
     rows: list[tuple[str, ...]] = []
     for name in [*content["variants"], *(name for name in BASELINES if name in content["accuracy"])]:
         score = content["accuracy"][name]["all"]
         tokens = content["tokens"].get(name)
-        region = next((row for row in content["regions"].get(name, []) if row["group"] == "all"), None)
+        region = region_of(content, name)
         rows.append(
             (
                 name,

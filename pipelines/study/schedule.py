@@ -22,17 +22,20 @@ class Part:
         needs: names of the parts whose results it is given.
         num_units: how long it takes, in units that all parts share.
         run: does it, given the results of all finished parts by name.
+        width: how many workers' room it takes up, as one that computes with more threads than the others.
     """
 
     name: str
     needs: tuple[str, ...]
     num_units: int
     run: Callable[[Mapping[str, Any]], Any]
+    width: int = 1
 
 
 def run_parts(parts: Sequence[Part], workers: int) -> dict[str, Any]:
     """The results of all parts by name, up to ``workers`` of them at a time, earlier ones first.
 
+    A part that is wider than the room left is waited for by all later ones; one wider than ``workers`` runs alone.
     After an error no further part is begun; those that run are finished, and then it is raised.
 
     Args:
@@ -40,15 +43,16 @@ def run_parts(parts: Sequence[Part], workers: int) -> dict[str, Any]:
     """
     results: dict[str, Any] = {}
     waiting = list(parts)
-    running: dict[Future[Any], str] = {}
+    running: dict[Future[Any], Part] = {}
     with ThreadPoolExecutor(max_workers=workers) as pool:
         while waiting or running:
-            ready = [part for part in waiting if all(name in results for name in part.needs)]
-            for part in ready[: workers - len(running)]:
+            for part in [part for part in waiting if all(name in results for name in part.needs)]:
+                if running and sum(other.width for other in running.values()) + part.width > workers:
+                    break
                 waiting.remove(part)
-                running[pool.submit(part.run, dict(results))] = part.name
+                running[pool.submit(part.run, dict(results))] = part
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                results[running.pop(future)] = future.result()
+                results[running.pop(future).name] = future.result()
     return results
 
 

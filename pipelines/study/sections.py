@@ -1,9 +1,8 @@
-"""The page of a study: its numbers in plain words, tables and charts."""
+"""The page of a study: scores, findings and costs in plain words, tables and charts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import polars as pl
 
@@ -12,8 +11,8 @@ from pipelines.page import Markup, definitions, drawing, join, row, table, tag
 from pipelines.report_evaluation import difference_text, interval_text, percent, score_cell
 from pipelines.study.analysis import BASELINES
 from pipelines.study.answer_table import TRAINED
-from pipelines.study.cells import card, distance, p_value, points, seed_values
-from pipelines.study.figures import History, accuracy_over_tokens, shares_by_row, variant_curves
+from pipelines.study.cells import Content, card, p_value, points, region_of, seed_values
+from pipelines.study.figures import History, accuracy_over_tokens, variant_curves
 
 WHAT_IT_IS = {
     "photon": "a threshold for every question, from scores that learn from later attention and the task",
@@ -26,16 +25,6 @@ WHAT_IT_IS = {
     "blind": "no scan: a model trained on the text alone",
     "majority": "no model: the training questions' most frequent answer",
 }
-CONDITIONS = {
-    TRAINED: "its own tokens",
-    "all tokens": "all tokens",
-    "removed": "all but its own tokens",
-    "none": "no token",
-    "swapped": "tokens kept for a question about another place",
-    "random": "as many tokens, drawn at random",
-    "paraphrase": "the question in other words",
-}
-Content = Mapping[str, Any]
 
 
 def headline(content: Content) -> Markup:
@@ -61,7 +50,7 @@ def headline(content: Content) -> Markup:
         for name in ("all", "blind")
         if name in content["accuracy"]
     ]
-    if region := _region(content, main):
+    if region := region_of(content, main):
         kept = region["ratio"]
         words.append(
             f"Of the region asked about it keeps {percent(region['asked_share']['value'], 0)}, of all tokens "
@@ -80,8 +69,8 @@ def headline(content: Content) -> Markup:
             f"{percent(removed['all']['score']['value'])}; a change of {difference_text(removed['all']['change'])}."
         )
     how = (
-        "Intervals are 95 % bootstrap intervals that resample patients, of the mean over seeds; how far the seeds are "
-        "apart is said beside them."
+        "Intervals are 95 % bootstrap intervals that resample patients, of the mean over seeds: they do not say what "
+        "other seeds would have given. The value of each seed stands beside them."
     )
     return join(tag("div", *cards, class_="cards"), *(tag("p", text) for text in words), tag("p", how, class_="soft"))
 
@@ -118,6 +107,7 @@ def policies(content: Content) -> Markup:
         row(
             name.replace(" - ", " − "),
             difference_text(gaps["all"]),
+            seed_values(gaps["all"], "+.1f"),
             *(points(gaps["family"].get(family)) for family in families),
         )
         for name, gaps in content["differences"].items()
@@ -127,76 +117,8 @@ def policies(content: Content) -> Markup:
         table(["Policy", "Tokens ", "Right, %", "by seed", *families, "Tokens kept, mean ± sd"], rows),
         tag("h3", "Paired differences"),
         tag("p", "The same questions, so that what is hard for both cancels. By family in points.", class_="soft"),
-        table(["First − second", "All questions", *families], differences),
+        table(["First − second", "All questions", "by seed", *families], differences),
     )
-
-
-def looking(content: Content) -> Markup:
-    """How much of the region asked about is kept, and whether other questions keep other tokens."""
-    main = content["main"]
-    rows = []
-    for name in content["variants"]:
-        if region := _region(content, name):
-            ratio = region["ratio"]
-            rows.append(
-                row(
-                    name,
-                    score_cell(region["asked_share"]),
-                    score_cell(region["overall_share"]),
-                    score_cell(region["unasked_share"]),
-                    join(f"{ratio['value']:.2f}", tag("small", f"{ratio['low']:.2f}–{ratio['high']:.2f}")),
-                    points(region["above_overall"]),
-                    points(region["above_unasked"]),
-                )
-            )
-    if not rows:
-        return tag("p", "No label map tells where things are, so what was kept of them is not known.", class_="note")
-    headings = ["Policy", "Region asked about", "All tokens", "The region when not asked about", "Asked / all",
-                "Asked − all", "Asked − not asked"]  # fmt: skip
-    words = (
-        "Tokens kept, in percent, of the lesion asked about where it is there, else of the organ. A policy blind to "
-        "the question keeps a region as often when it is asked about as when it is not; one that keeps at random "
-        "keeps it as often as everything else."
-    )
-    parts = [tag("p", words), table(headings, rows), _tests(content)]
-    found = [entry for entry in content["regions"].get(main, []) if entry["group"] in ("about", "subtype")]
-    if found:
-        keys = {"asked_share": "region asked about", "overall_share": "all tokens", "unasked_share": "when not asked"}
-        chart = shares_by_row([(entry["name"], entry) for entry in found], keys)
-        parts.append(drawing(chart, "Tokens kept by kind of question", f"Tokens kept by {main}, by kind of question."))
-    return join(*parts)
-
-
-def what_if(content: Content) -> Markup:
-    """Answers of the same weights from other tokens."""
-    found = content["what_if"][content["main"]]
-    rows = []
-    for condition, name in CONDITIONS.items():
-        for group, words in (
-            ("all", name),
-            ("about a lesion", "… questions about a lesion"),
-            ("lesion present", "… that is there"),
-        ):
-            if entry := found.get(condition, {}).get(group):
-                rows.append(
-                    row(
-                        words,
-                        f"{entry['num_kept']:.0f}",
-                        score_cell(entry["score"]),
-                        "" if entry["change"] is None else points(entry["change"]),
-                        score_cell(entry["gold_probability"]),
-                        "" if entry["probability_change"] is None else points(entry["probability_change"]),
-                        class_="" if group == "all" else "indent",
-                    )
-                )
-    words = (
-        f"The same weights of {content['main']}, answering from other visual tokens than those that it keeps. If the "
-        "kept tokens hold what the answer needs, then the rest, or those of another question, must not do. Whatever is "
-        "kept, the question's words have seen the whole scan in the layers before pruning: what is right without any "
-        "token came through them."
-    )
-    headings = ["Answered from", "Tokens", "Right, %", "Change", "Right option's probability, %", "Change"]
-    return join(tag("p", words), table(headings, rows))
 
 
 def findings(content: Content) -> Markup:
@@ -285,33 +207,7 @@ def provenance(content: Content) -> Markup:
     return definitions([(name, tag("code", str(value))) for name, value in facts])
 
 
-def _tests(content: Content) -> Markup:
-    rows = []
-    for name, found in content["instructions"].items():
-        wording, place = found["wording"], found["place"]
-        rows.append(
-            row(
-                name,
-                *(distance(wording, key) for key in ("same_question", "other_question")),
-                p_value(wording),
-                *(distance(place, key) for key in ("same_organ", "other_organ")),
-                p_value(place),
-            )
-        )
-    headings = ["Policy", "Same question, other words", "Other question", "p", "Same organ", "Other organ", "p"]
-    words = (
-        "Do two questions about one scan keep different tokens? Mean Jaccard distance of the kept sets (0 same, 1 "
-        "disjoint). The first p: paraphrases exchanged among the questions of a scan; the second: organs exchanged "
-        "among them."
-    )
-    return join(tag("h3", "Different questions, different tokens"), tag("p", words), table(headings, rows))
-
-
 def _keys(variant: str) -> tuple[str, ...]:
     """What is told of a variant's findings; of a baseline whether it knows anything at all."""
     balanced = ("balanced_accuracy",)
     return balanced if variant in BASELINES else ("sensitivity", "specificity", *balanced)
-
-
-def _region(content: Content, variant: str) -> Mapping[str, Any] | None:
-    return next((entry for entry in content["regions"].get(variant, []) if entry["group"] == "all"), None)

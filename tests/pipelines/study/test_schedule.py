@@ -37,6 +37,24 @@ def test_no_more_run_than_there_are_workers_and_as_many_as_can() -> None:
     assert most[0] == 2
 
 
+def test_wide_parts_have_the_room_that_they_need() -> None:
+    lock, running, seen = threading.Lock(), set(), []
+
+    def work(name: str) -> None:
+        with lock:
+            running.add(name)
+            seen.append(set(running))
+        time.sleep(0.02)
+        with lock:
+            running.discard(name)
+
+    widths = {"a": 1, "wide": 2, "b": 1, "c": 1, "wider": 3}
+    parts = [Part(name, (), 1, lambda _, name=name: work(name), width) for name, width in widths.items()]
+    assert set(run_parts(parts, 2)) == set(widths)
+    assert seen[0] == {"a"} and {"wide"} in seen and {"wider"} in seen
+    assert all(sum(widths[name] for name in names) <= 2 for names in seen if names != {"wider"})
+
+
 def test_after_an_error_nothing_begins_and_what_runs_is_finished() -> None:
     begun, finished = threading.Event(), []
 
