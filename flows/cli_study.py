@@ -27,7 +27,7 @@ def study(
     preset: Annotated[
         str,
         typer.Option(
-            help="quick (ten minutes on two cores), small (hours), medium, full (wants a GPU), real, ablations (photon "
+            help="quick (minutes on two cores), small (hours), medium, full (wants a GPU), real, ablations (photon "
             "with one thing different each) or smoke."
         ),
     ] = "small",
