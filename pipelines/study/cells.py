@@ -25,7 +25,8 @@ def card(name: str, score: Mapping[str, Any], class_: str = "card") -> Markup:
 
 def seed_values(score: Mapping[str, Any], form: str = ".1f") -> str:
     """The value of every seed, in percent or points."""
-    return minus(", ".join(f"{100 * value:{form}}" for value in score["by_seed"]))
+    # Adding 0.0 takes the sign from a rounded zero.
+    return minus(", ".join(f"{round(100 * value, 1) + 0.0:{form}}" for value in score["by_seed"]))
 
 
 def points(score: Mapping[str, Any] | None) -> Markup:
