@@ -22,12 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from photon.checkpoint import read_model
-from photon.grid import grid_of
 from photon.model.network import Photon
-from photon.training.pretrain import token_labels
-from pipelines.dataset import read_split, volume_patches
+from pipelines.dataset import LabelledScan, read_split, volume_patches
 from pipelines.naming import NamingSource
-from pipelines.volumes import resample_labels
 
 PROBE_STEPS = 400
 
@@ -46,28 +43,23 @@ def main() -> None:
         return
     model = read_model(start)
     names = json.loads((arguments.data / "raw" / "labels.json").read_text(encoding="utf-8"))
-    num_labels = 1 + max(names.values())
-    known = [
-        tokens_of(model, arguments.data, split, most, num_labels)
-        for split, most in (("train", arguments.train), ("test", None))
-    ]
-    scores = probe(*known[0], known[1][0])
-    rows = {name: told_apart(scores[..., value], known[1][1][..., value]) for name, value in names.items()}
+    train = read_split(arguments.data, "train")[: arguments.train]
+    scans = [*train, *read_split(arguments.data, "test")]
+    source = NamingSource(scans, arguments.data / "raw" / "labels", model.config, scans_per_step=1, seed=0)
+    tokens = torch.stack([tokens_of(model, scan) for scan in scans])
+    held = torch.stack([source.held(index) for index in range(len(scans))])
+    scores = probe(tokens[: len(train)], held[: len(train)], tokens[len(train) :])
+    rows = {
+        name: told_apart(scores[..., k], held[len(train) :, :, k]) for name, k in names.items() if k < held.shape[2]
+    }
     write_results("vision_start", {"study": arguments.study.name, "seed": arguments.seed, "structures": rows})
 
 
 @torch.no_grad()
-def tokens_of(model: Photon, data: Path, split: str, most: int | None, num_labels: int) -> tuple[Tensor, Tensor]:
-    """Visual tokens [S, N, C], by direction alone as the decoder reads them, and what they hold [S, N, K]."""
-    vision, tokens, held = model.config.vision, [], []
-    for scan in read_split(data, split)[:most]:
-        patches, grid = volume_patches(scan.volume, model.config)
-        tokens.append(F.rms_norm(model.visual(patches, (grid,)), (vision.out_hidden_size,)))
-        path = data / "raw" / "labels" / f"{scan.questions[0].scan_id}.nii"
-        labels = torch.from_numpy(resample_labels(path, scan.volume.spec, scan.volume.affine))
-        own = grid_of(labels.shape, vision)
-        held.append(token_labels(labels, own, vision, num_labels, NamingSource.MIN_FRACTION))
-    return torch.stack(tokens), torch.stack(held)
+def tokens_of(model: Photon, scan: LabelledScan) -> Tensor:
+    """Visual tokens [N, C] of a scan, by direction alone as the decoder reads them."""
+    patches, grid = volume_patches(scan.volume, model.config)
+    return F.rms_norm(model.visual(patches, (grid,)), (model.config.vision.out_hidden_size,))
 
 
 def probe(tokens: Tensor, held: Tensor, others: Tensor) -> Tensor:

@@ -35,10 +35,11 @@ class NamingSource:
 
     def frequencies(self) -> Tensor:
         """Share of visual tokens that hold each structure: float [K]."""
-        vision = self.config.vision
-        return torch.stack(
-            [self._targets(label_map, grid_of(label_map.shape, vision)).mean(0) for label_map in self._labels]
-        ).mean(0)
+        return torch.stack([self.held(index).mean(0) for index in range(len(self.scans))]).mean(0)
+
+    def held(self, index: int) -> Tensor:
+        """Which structures each visual token of a scan holds: float [N, K], 0 or 1, over its whole grid."""
+        return self._targets(self._labels[index], grid_of(self._labels[index].shape, self.config.vision))
 
     def _targets(self, label_map: np.ndarray, grid: Grid) -> Tensor:
         return token_labels(torch.from_numpy(label_map), grid, self.config.vision, self.num_labels, self.MIN_FRACTION)
